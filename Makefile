@@ -1,0 +1,60 @@
+# Every target sets itself up: a machine needs Python >= 3.11 with venv, make and a C compiler.
+#   make train ARGS="--task digits --seed 0,1,2"     options of the program that a target runs
+#   make test PYTHON=python3.12                      the interpreter that .venv is made with
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --constraint constraints.txt
+READY := $(VENV)/.ready
+
+# One thread: several threads are slower on matrices of this size, and timings vary with what else runs.
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+# `kernels/` and `optim/` at the root must not be importable under their own names.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help setup train test bench lint typecheck clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+setup: $(READY) ## make .venv with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) lacks venv (Debian: package python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and alone: its wheel, for CPU or CUDA, decides which builds of the others fit.
+	$(PIP) torch
+	@[ "$$(uname -s)" != Linux ] || $(PIP) triton
+	$(PIP) --editable '.[bench,dev]'
+	@touch $@
+
+train: $(READY) ## train the benchmark tasks with each method: table, CSV, PNG
+	$(RUN) -m spectral_ops.bench train $(ARGS)
+
+test: lint ## lint and run the tests
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY) ## time one optimizer step of each method
+	$(RUN) -m spectral_ops.bench steps $(ARGS)
+
+lint: $(READY) ## ruff
+	$(RUN) -m ruff check .
+
+# On a built wheel, since type checkers cannot follow the editable install.
+typecheck: $(READY) ## mypy on the installed wheel
+	@rm -rf build
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$$site" . && \
+	$(RUN) -m pip install --quiet --no-deps --target "$$site" "$$site"/*.whl && \
+	config=$$PWD/pyproject.toml && cd "$$site" && $(abspath $(RUN)) -m mypy --config-file "$$config" --package spectral_ops
+
+clean: ## remove build products and caches; .venv and out/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,270 @@
+"""SpectralKron: Kronecker-factored curvature in spectral form, without any decomposition.
+
+Lin et al., 2025, "Spectral-factorized Positive-definite Curvature Learning for NN Training", Fig. 1 and Fig. 6, and a
+rotation that tracks. `S = α S_C ⊗ S_K`, `S_l = B_l Diag(d_l) B_lᵀ`; `C` is the left (row) side, `K` the right one.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece, accumulation_dtype
+from torch import Tensor
+
+import spectral_ops as ops
+
+ROTATIONS = ("tracking", "riemannian")
+UPDATE_SCALES = ("rms", "clip", "graft", None)
+TARGET_RMS = 0.2  # of an update before the learning rate: about AdamW's own, so that its learning rates carry over
+WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
+RELATIVE_FLOOR = 1e-12  # eigenvalues are kept above this share of their side's mean
+EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
+
+TRACKING_ORDER = 2
+STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
+SIDES = ("left", "right")
+
+
+class SpectralKron(MatrixOptimizer):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.95, 0.6),
+        *,
+        root: float = 2.0,
+        rotation: str = "tracking",
+        carry_residual: bool = True,
+        update_interval: int = 1,
+        damping: float = 0.0,
+        gamma: float = 1.0,
+        exact: bool = False,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        update_scale: str | None = "rms",
+        cayley_order: int | None = None,
+        rotation_limit: float = 0.5,
+        rotation_epsilon: float = 0.1,
+        max_preconditioner_dim: int = 8192,
+        preconditioner_dtype: torch.dtype | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        seed: int = 0,
+        maximize: bool = False,
+    ):
+        options = dict(locals())
+        for name in ("self", "params", "__class__"):
+            options.pop(name, None)
+        super().__init__(params, options)
+
+    def check_options(self, group: Group) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"`lr` as a tensor must have one element, got shape {tuple(lr.shape)}")
+        elif not lr >= 0:
+            raise ValueError(f"`lr` must be at least 0, got {lr}")
+        for name in ("betas", "adamw_betas"):
+            pair = group[name]
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(0 <= b < 1 for b in pair)):
+                raise ValueError(f"`{name}` must be two numbers in [0, 1), got {pair!r}")
+        for name in ("weight_decay", "damping", "adamw_eps"):
+            if not group[name] >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {group[name]}")
+        for name in ("root", "rotation_epsilon"):
+            if not group[name] > 0:
+                raise ValueError(f"`{name}` must be positive, got {group[name]}")
+        for name in ("update_interval", "max_preconditioner_dim"):
+            if not (isinstance(group[name], int) and group[name] >= 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {group[name]!r}")
+        if not 0 < group["rotation_limit"] <= 1:
+            raise ValueError(f"`rotation_limit` must be in (0, 1], got {group['rotation_limit']}")
+        for name, allowed in (
+            ("rotation", ROTATIONS),
+            ("update_scale", UPDATE_SCALES),
+            ("cayley_order", (None, 2, 4, 8)),
+            ("gamma", (0, 1)),
+            ("preconditioner_dtype", (None, torch.bfloat16, torch.float32, torch.float64)),
+        ):
+            if group[name] not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+        if group["rotation"] == "tracking" and (group["gamma"] != 1 or group["exact"]):
+            raise ValueError(
+                '`gamma=0` and `exact=True` are of rotation="riemannian"; "tracking" keeps a moving average'
+            )
+        if group["exact"] and group["damping"]:
+            raise ValueError(f"`damping` belongs to the truncated map, got {group['damping']} with exact=True")
+
+    def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
+        p, lead = piece.parameter, piece.lead
+        number = {"dtype": accumulation_dtype(p.dtype), "device": p.device}
+        factor = {"dtype": _factor_dtype(group, p), "device": p.device}
+        state = {
+            "momentum_buffer": torch.zeros(*lead, piece.n, piece.m, dtype=p.dtype, device=p.device),
+            "step": torch.zeros(lead, **number),
+            "updates": torch.zeros(lead, **number),
+            "scale": torch.ones(lead, **number),
+        }
+        for side, size in zip(SIDES, (piece.n, piece.m), strict=True):
+            state[f"eigenvalues_{side}"] = torch.ones(*lead, size, **number)
+            if 1 < size <= group["max_preconditioner_dim"]:
+                state[f"basis_{side}"] = torch.eye(size, **factor).expand(*lead, size, size).clone()
+                if _carries(group):
+                    state[f"residual_{side}"] = torch.zeros(*lead, size, size, **factor)
+        if factor["dtype"] == torch.bfloat16:
+            state["seed"] = torch.arange(piece.count, device=p.device).view(lead) + _stream(group["seed"], piece)
+        if group["update_scale"] == "graft":
+            state["exp_avg_sq"] = torch.zeros_like(state["momentum_buffer"])
+        return state
+
+    def update(self, group: Group, batch: Batch) -> Tensor:
+        s, g, mu = batch.state, batch.grad, group["betas"][0]
+        s["step"] += batch.finite
+        if group["step"] % group["update_interval"] == 0 or group["step"] <= WARM_STEPS:
+            s["updates"] += batch.usable
+            (_track if group["rotation"] == "tracking" else _paper)(group, batch)
+
+        momentum = s["momentum_buffer"]
+        momentum.lerp_(g.to(momentum.dtype), batch.where_finite(1 - mu).to(momentum.dtype))
+        direction = momentum.to(g.dtype)
+        if group["nesterov"]:
+            direction = g.lerp(direction, mu)
+        u = ops.apply_root(
+            direction,
+            s.get("basis_left"),
+            s["eigenvalues_left"],
+            s.get("basis_right"),
+            s["eigenvalues_right"],
+            s["scale"],
+            group["root"],
+        )
+        return _scaled(u, group, batch)
+
+
+def _track(group: Group, batch: Batch) -> None:
+    """Moving averages `S_l = B_l T_l B_lᵀ`, `T_l = Diag(d_l) + R_l`, whose bases follow their eigenbases."""
+    s, g = batch.state, batch.grad
+    n, m = g.shape[-2:]
+    # The scale starts at the first gradient's, and a warm average keeps the identity start from lingering.
+    alpha = torch.where((s["updates"] <= 1) & batch.usable, g.square().mean((-2, -1)), s["scale"])
+    beta = (s["updates"] + 1).reciprocal().clamp(min=1 - group["betas"][1])
+    rotated = _rotated(g, s)
+    inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
+    log_means = []
+    for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
+        b, d, r = (s.get(f"{name}_{side}") for name in ("basis", "eigenvalues", "residual"))
+        scale = inverse[other] / (alpha * k)[:, None]
+        damping = group["damping"] * inverse[other].mean(-1) / alpha
+        if b is None:
+            w = (x.square() * scale[:, None, :]).sum(-1)
+            d = torch.lerp(d, w + damping[:, None], beta[:, None])
+            log_mean = d.log().mean(-1)
+            d = d * torch.exp(-log_mean)[:, None]
+        else:
+            x, d, r, log_mean = ops.gram_track(
+                x, d, scale, beta, residual=r, damping=damping, epsilon=group["rotation_epsilon"]
+            )
+            limit, order = group["rotation_limit"], group["cayley_order"] or TRACKING_ORDER
+            b, d, r = ops.cayley_track(b, x, d, residual=r, limit=limit, order=order, seed=_seeds(s, side))
+            batch.store(f"basis_{side}", b)
+            if r is not None:
+                batch.store(f"residual_{side}", r)
+        batch.store(f"eigenvalues_{side}", d.clamp(min=RELATIVE_FLOOR * d.mean(-1, keepdim=True)))
+        log_means.append(log_mean)
+    batch.store("scale", alpha * torch.exp((log_means[0] + log_means[1]) / 2))
+
+
+def _paper(group: Group, batch: Batch) -> None:
+    """Lin et al., 2025: Fig. 1 (`exact`) or Fig. 6, with the exact or, by `cayley_order`, the truncated Cayley map."""
+    s, g = batch.state, batch.grad
+    n, m = g.shape[-2:]
+    beta2, alpha = 1 - group["betas"][1], s["scale"]
+    rotated = _rotated(g, s)
+    inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
+    diag_w, bases = [], {}
+    for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
+        b, d = s.get(f"basis_{side}"), s[f"eigenvalues_{side}"]
+        if b is None:
+            diag_w.append((x.square() * inverse[other][:, None, :]).sum(-1))
+            continue
+        skew, w, sq_norm = ops.gram_skew(x, d, inverse[other])
+        diag_w.append(w)
+        step = beta2 / (2 * alpha * k)
+        if group["cayley_order"] is None:
+            bases[side] = b @ ops.cayley(skew * step.to(skew.dtype)[:, None, None])
+        else:
+            step = torch.minimum(step, group["rotation_limit"] / sq_norm.sqrt().clamp(min=torch.finfo(w.dtype).tiny))
+            rounding = "nearest" if "seed" not in s else "stochastic"
+            bases[side] = ops.cayley_update(
+                b, skew, step, order=group["cayley_order"], correct=True, rounding=rounding, seed=_seeds(s, side) or 0
+            )
+    d_c, d_k, alpha = ops.spectrum_update(
+        s["eigenvalues_left"],
+        s["eigenvalues_right"],
+        alpha,
+        *diag_w,
+        beta2,
+        gamma=group["gamma"],
+        damping=group["damping"],
+        exact=group["exact"],
+    )
+    for side, b in bases.items():
+        batch.store(f"basis_{side}", b)
+    batch.store("eigenvalues_left", d_c)
+    batch.store("eigenvalues_right", d_k)
+    batch.store("scale", alpha)
+
+
+def _rotated(g: Tensor, s: dict[str, Tensor]) -> Tensor:
+    """`B_Cᵀ g B_K` in the factors' dtype."""
+    b_c, b_k = s.get("basis_left"), s.get("basis_right")
+    for b in (b_c, b_k):
+        g = g if b is None else g.to(b.dtype)
+    g = g if b_c is None else b_c.mT @ g
+    return g if b_k is None else g @ b_k
+
+
+def _scaled(u: Tensor, group: Group, batch: Batch) -> Tensor:
+    """The preconditioned direction at the length that `update_scale` asks for."""
+    kind = group["update_scale"]
+    if kind is None:
+        return u
+    rms = u.square().mean((-2, -1), keepdim=True).sqrt() + EPSILON
+    if kind == "rms":
+        return u * (TARGET_RMS / rms)
+    if kind == "clip":
+        return u / rms.clamp(min=1)
+    return u * (_adam_rms(group, batch) / rms)
+
+
+def _adam_rms(group: Group, batch: Batch) -> Tensor:
+    """Root mean square of the update that Adam would make: what grafting takes from it."""
+    s, mu, beta = batch.state, group["betas"][0], group["adamw_betas"][1]
+    second = s["exp_avg_sq"]
+    second.lerp_(batch.grad.square().to(second.dtype), batch.where_finite(1 - beta).to(second.dtype))
+    step = s["step"].clamp(min=1)[:, None, None]
+    first, second = s["momentum_buffer"] / (1 - mu**step), second / (1 - beta**step)
+    return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1), keepdim=True).sqrt()
+
+
+def _carries(group: Group) -> bool:
+    return bool(group["rotation"] == "tracking" and group["carry_residual"])
+
+
+def _factor_dtype(group: Group, p: Tensor) -> torch.dtype:
+    """The parameter's own dtype by default, except that a basis in float16 would not be rounded without bias."""
+    chosen: torch.dtype | None = group["preconditioner_dtype"]
+    return chosen or (torch.float32 if p.dtype == torch.float16 else p.dtype)
+
+
+def _stream(seed: int, piece: Piece) -> int:
+    """The first seed of a piece's random bits: the same in every process, whatever else is in the batch."""
+    name = f"{seed}/{piece.index}/{piece.start}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def _seeds(s: dict[str, Tensor], side: str) -> Tensor | None:
+    """Seeds of this update's rounding; None where factors are not bfloat16."""
+    if "seed" not in s:
+        return None
+    return s["seed"] + s["updates"].long() * STREAM_STEP + SIDES.index(side) * STREAM_SIDE

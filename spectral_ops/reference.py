@@ -1,0 +1,254 @@
+"""What every op means, in plain PyTorch: exact in float64, and the implementation wherever no kernel serves.
+
+Low-precision inputs are raised to float32 first, so every product accumulates there, and the result is rounded once.
+Arguments are already checked: `spectral_ops/<op>.py` does that. Scalars are 0-d tensors or one number for each matrix.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def raised(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def column(s: Tensor) -> Tensor:
+    """A number for each matrix, shaped to multiply a vector."""
+    return s.unsqueeze(-1)
+
+
+def block(s: Tensor) -> Tensor:
+    """A number for each matrix, shaped to multiply a matrix."""
+    return s[..., None, None]
+
+
+def add_diagonal(x: Tensor, value: float | Tensor) -> Tensor:
+    """`x + value · I`, in place."""
+    x.diagonal(dim1=-2, dim2=-1).add_(value)
+    return x
+
+
+def product(x: Tensor, scale: Tensor | None) -> Tensor:
+    """`x Diag(scale) xᵀ`, accumulated and returned in float32 (float64)."""
+    x = raised(x)
+    return (x if scale is None else x * raised(scale).unsqueeze(-2)) @ x.mT
+
+
+# --- gram -------------------------------------------------------------------------------------------------------------
+
+
+def gram(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None) -> Tensor:
+    w = alpha * product(x, scale)
+    if c is not None:
+        w = w + beta * raised(c)
+    return (0.5 * (w + w.mT)).to(x.dtype)
+
+
+# --- skew -------------------------------------------------------------------------------------------------------------
+
+
+def skew_from_lower(x: Tensor) -> Tensor:
+    """`Tril(x) − Tril(x)ᵀ`: bitwise skew-symmetric whatever `x` is."""
+    lower = x.tril(-1)
+    return lower - lower.mT
+
+
+def skew_generator(w: Tensor, d: Tensor, tol: float) -> Tensor:
+    w, d = raised(w), raised(d).to(accumulation_dtype(w.dtype))
+    gap = d.unsqueeze(-1) - d.unsqueeze(-2)
+    near = gap.abs() <= tol * torch.maximum(d.unsqueeze(-1), d.unsqueeze(-2))
+    return skew_from_lower(torch.where(near, 0.0, -w / torch.where(near, 1.0, gap)))
+
+
+def gram_skew(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    w = product(x, scale)
+    skew = skew_generator(w, d, tol)
+    return skew.to(x.dtype), w.diagonal(dim1=-2, dim2=-1).clone(), skew.square().sum((-2, -1))
+
+
+# --- tracking ---------------------------------------------------------------------------------------------------------
+
+
+def gram_track(
+    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    t = product(x, scale)
+    t = t * block(beta) if residual is None else t.lerp_(raised(residual), block(1 - beta).expand_as(t))
+    n = t.diagonal(dim1=-2, dim2=-1)
+    n += column(1 - beta) * d + column(beta * damping)
+    log_mean = n.log().mean(-1)
+    t *= block(torch.exp(-log_mean))
+    n = n.clone()
+    gap, width = n.unsqueeze(-1) - n.unsqueeze(-2), n.unsqueeze(-1) + n.unsqueeze(-2)
+    smooth = gap.square().add_(width.square_(), alpha=epsilon**2).clamp_(min=torch.finfo(t.dtype).tiny)
+    generator = skew_from_lower(gap.mul_(t).div_(smooth).mul_(-0.5)).to(x.dtype)
+    if residual is None:
+        return generator, n, None, log_mean
+    off_diagonal = 0.5 * (t + t.mT)
+    off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
+    return generator, n, off_diagonal.to(residual.dtype), log_mean
+
+
+def limited_step(x2: Tensor, limit: float) -> Tensor:
+    """The largest `s ≤ 1` with `‖s·X‖₂ ≤ limit`, from the bound `‖X‖₂² ≤ ‖X²‖_F / √2` for skew `X`, whose singular
+    values come in pairs."""
+    norm = (torch.linalg.vector_norm(x2, dim=(-2, -1)) / math.sqrt(2)).sqrt()
+    return (limit / norm.clamp(min=torch.finfo(x2.dtype).tiny)).clamp(max=1)
+
+
+def cayley_track(
+    b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    b32, x = raised(b), raised(x)
+    x2 = x @ x
+    p = correct(polynomial(x, x2, limited_step(x2, limit), order), b32)
+    b_new = rounded(b32 @ p, b.dtype, seed)
+    if residual is None:
+        return b_new, d.clone(), None
+    t = raised(residual).clone()
+    t.diagonal(dim1=-2, dim2=-1).copy_(d)
+    t = p.mT @ (t @ p)
+    t = 0.5 * (t + t.mT)
+    d_new = t.diagonal(dim1=-2, dim2=-1).clone()
+    t.diagonal(dim1=-2, dim2=-1).zero_()
+    return b_new, d_new, rounded(t, residual.dtype, None if seed is None else ~seed)
+
+
+# --- Cayley -----------------------------------------------------------------------------------------------------------
+
+# The quartic whose departure from orthogonality starts at X⁸: P Pᵀ = I + b² X⁸ for these two coefficients.
+QUARTIC_A, QUARTIC_B = 4 - 2 * math.sqrt(2), 6 - 4 * math.sqrt(2)
+
+
+def cayley(x: Tensor) -> Tensor:
+    eye = torch.eye(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
+    return torch.linalg.solve(eye - raised(x), eye + raised(x)).to(x.dtype).contiguous()
+
+
+def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int) -> Tensor:
+    """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet."""
+    s = block(step)
+    x, x2 = s * x, s * s * x2
+    if order == 2:
+        return add_diagonal(2 * x + 2 * x2, 1)
+    if order == 4:
+        return torch.matmul(x2, add_diagonal(QUARTIC_A * x + QUARTIC_B * x2, 2)).add_(add_diagonal(2 * x, 1))
+    x4 = x2 @ x2
+    even = add_diagonal(x2 + x4 + x2 @ x4, 1)  # (I + X²)(I + X⁴)
+    return add_diagonal(2 * x + x2, 1) @ even
+
+
+def cayley_truncated(x: Tensor, order: int) -> Tensor:
+    x32 = raised(x)
+    return polynomial(x32, x32 @ x32, torch.ones((), dtype=x32.dtype, device=x.device), order).to(x.dtype)
+
+
+def correct(p: Tensor, b: Tensor) -> Tensor:
+    """`p − ½ (bᵀb − I)`: half the orthogonality defect of `b`, folded into the map that multiplies it."""
+    return add_diagonal(torch.sub(p, b.mT @ b, alpha=0.5), 0.5)
+
+
+def cayley_update(b: Tensor, x: Tensor, step: Tensor, order: int, self_correct: bool, seed: Tensor | None) -> Tensor:
+    b32, x = raised(b), raised(x)
+    p = polynomial(x, x @ x, step, order)
+    return rounded(b32 @ (correct(p, b32) if self_correct else p), b.dtype, seed)
+
+
+# --- spectrum and root ------------------------------------------------------------------------------------------------
+
+
+def spectrum_update(
+    d_c: Tensor,
+    d_k: Tensor,
+    alpha: Tensor,
+    w_c: Tensor,
+    w_k: Tensor,
+    beta2: Tensor,
+    gamma: float,
+    damping: float,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtypes = d_c.dtype, d_k.dtype, alpha.dtype
+    d_c, d_k, alpha, w_c, w_k = map(raised, (d_c, d_k, alpha, w_c, w_k))
+    k_c, k_k = d_k.shape[-1], d_c.shape[-1]
+    if exact:
+        m_c = w_c / (d_c * column(alpha * k_c)) - gamma
+        m_k = w_k / (d_k * column(alpha * k_k)) - gamma
+        mean_c, mean_k = m_c.mean(-1, keepdim=True), m_k.mean(-1, keepdim=True)
+        new_c = d_c * torch.exp(column(beta2) * (m_c - mean_c))
+        new_k = d_k * torch.exp(column(beta2) * (m_k - mean_k))
+        new_alpha = alpha * torch.exp(beta2 / 2 * (mean_c + mean_k).squeeze(-1))
+    else:
+        damp_c = damping * k_c * d_k.reciprocal().mean(-1, keepdim=True)
+        damp_k = damping * k_k * d_c.reciprocal().mean(-1, keepdim=True)
+        log_c = torch.log(column(1 - gamma * beta2) * d_c + column(beta2 / (alpha * k_c)) * (w_c + damp_c))
+        log_k = torch.log(column(1 - gamma * beta2) * d_k + column(beta2 / (alpha * k_k)) * (w_k + damp_k))
+        mean_c, mean_k = log_c.mean(-1, keepdim=True), log_k.mean(-1, keepdim=True)
+        new_c, new_k = torch.exp(log_c - mean_c), torch.exp(log_k - mean_k)
+        new_alpha = alpha * torch.exp((mean_c + mean_k).squeeze(-1) / 2)
+    return new_c.to(dtypes[0]), new_k.to(dtypes[1]), new_alpha.to(dtypes[2])
+
+
+def apply_root(
+    g: Tensor, b_c: Tensor | None, d_c: Tensor, b_k: Tensor | None, d_k: Tensor, alpha: Tensor, root: float
+) -> Tensor:
+    x = raised(g)
+    x = x if b_c is None else raised(b_c).mT @ x
+    x = x if b_k is None else x @ raised(b_k)
+    left = raised(d_c).pow(-1 / root) * column(raised(alpha).pow(-1 / root))
+    x = x * left.unsqueeze(-1) * raised(d_k).pow(-1 / root).unsqueeze(-2)
+    x = x if b_c is None else raised(b_c) @ x
+    x = x if b_k is None else x @ raised(b_k).mT
+    return x.to(g.dtype)
+
+
+# --- factor and rounding ----------------------------------------------------------------------------------------------
+
+
+def factor_update(k: Tensor, m: Tensor, step: Tensor) -> Tensor:
+    k32, m = raised(k), raised(m)
+    bounded = step / torch.linalg.vector_norm(m, dim=(-2, -1)).clamp(min=1)
+    return (k32 - block(bounded) * (k32 @ m)).to(k.dtype).contiguous()
+
+
+MASK = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011) with counter `(column, row, 0, 0)` and key `seed`: four words of 32 bits."""
+    c0, c1 = columns, rows
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
+    k0, k1 = seed & MASK, (seed >> 32) & MASK
+    for _ in range(10):
+        high0, low0 = (c0 * 0xD2511F53 >> 32) & MASK, c0 * 0xD2511F53 & MASK
+        high1, low1 = (c2 * 0xCD9E8D57 >> 32) & MASK, c2 * 0xCD9E8D57 & MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return [c0, c1, c2, c3]
+
+
+def random_bits(shape: torch.Size, seed: Tensor) -> Tensor:
+    """Sixteen random bits for each element of a `(…, rows, columns)` tensor, as int64. One Philox call serves eight
+    neighbours of a row: element `(i, j)` takes half `j % 2` of word `j // 2 % 4` of counter `(j // 8, i)`."""
+    rows, columns = shape[-2:]
+    i = torch.arange(rows, device=seed.device).unsqueeze(-1)
+    j = torch.arange((columns + 7) // 8, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox(block(seed), i, j)), -1)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(-3)[..., :columns]
+
+
+def stochastic_round(x: Tensor, seed: Tensor) -> Tensor:
+    bits = x.to(torch.float32).contiguous().view(torch.int32)
+    noise = random_bits(x.shape, seed).to(torch.int32)
+    finite = (bits & 0x7F800000) != 0x7F800000  # adding bits to an infinity would make a NaN
+    return (torch.where(finite, bits + noise, bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def rounded(x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
+    return x.to(dtype) if seed is None or dtype != torch.bfloat16 else stochastic_round(x, seed)

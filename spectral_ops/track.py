@@ -1,0 +1,155 @@
+"""The rotation that tracks: bounded generators, a limit on the spectral norm, a carried off-diagonal residual.
+
+Not in the paper: its own rotation falls behind its curvature. The factor is kept as `S = B T Bᵀ`, `T = Diag(d) + R` with a
+residual `R` of zero diagonal, so that `S` is the exact moving average of the curvature while `B` need only be near its
+eigenbasis. Without a residual `T` is cut to its diagonal after every update.
+"""
+
+from torch import Tensor
+
+from spectral_ops import _checks as check
+from spectral_ops import reference
+from spectral_ops._library import define
+
+
+def _absent(like: Tensor) -> Tensor:
+    """Stands for "no residual" in an op's results: a schema has no optional result."""
+    return like.new_empty(0)
+
+
+def _gram_track_impl(
+    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator, d, new, log_mean = reference.gram_track(x, d, residual, scale, beta, damping, epsilon)
+    return generator, d, _absent(x) if new is None else new, log_mean
+
+
+def _gram_track_fake(
+    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(x.dtype)
+    square = x.new_empty((*x.shape[:-1], x.shape[-2]))
+    new = _absent(x) if residual is None else residual.new_empty(residual.shape)
+    return square, d.new_empty(d.shape, dtype=dtype), new, d.new_empty(d.shape[:-1], dtype=dtype)
+
+
+def _cayley_track_impl(
+    b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, d, new = reference.cayley_track(b, x, d, residual, limit, order, seed)
+    return b, d, _absent(b) if new is None else new
+
+
+def _cayley_track_fake(
+    b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return b.new_empty(b.shape), d.new_empty(d.shape), _absent(b) if residual is None else residual.new_empty(b.shape)
+
+
+_gram_track = define(
+    "gram_track(Tensor x, Tensor d, Tensor? residual, Tensor scale, Tensor beta, Tensor damping, float epsilon)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _gram_track_impl,
+    _gram_track_fake,
+)
+_cayley_track = define(
+    "cayley_track(Tensor b, Tensor x, Tensor d, Tensor? residual, float limit, int order, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor)",
+    _cayley_track_impl,
+    _cayley_track_fake,
+)
+
+
+def gram_track(
+    x: Tensor,
+    d: Tensor,
+    scale: Tensor,
+    beta: float | Tensor,
+    *,
+    residual: Tensor | None = None,
+    damping: float | Tensor = 0.0,
+    epsilon: float = 0.1,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Average new curvature into `T`, and the bounded generator that rotates the basis towards the eigenbasis.
+
+    `T ← (1 − beta) (Diag(d) + residual) + beta (x Diag(scale) xᵀ + damping · I)`, then divided by the geometric mean of its
+    diagonal, so that `n = diag(T)` has product 1. With `Δ = n_i − n_j`:
+
+        X_ij = −½ T_ij Δ / (Δ² + epsilon² (n_i + n_j)²)   for i > j,   X_ji = −X_ij
+
+    For separated eigenvalues `X` is to first order the paper's `−½ W_ij/(d_i − d_j)`, and it stays bounded where two
+    eigenvalues meet.
+
+    Args:
+        x: `(..., n, k)`, the gradient in the current bases, one row for each eigenvector of this side.
+        d: `(..., n)`, the diagonal of `T`, float32 (float64 for float64).
+        scale: `(..., k)`, positive weights of the columns of `x`.
+        beta: share of the new curvature, a number or one for each matrix.
+        residual: `(..., n, n)`, symmetric with zero diagonal; None: `T` starts diagonal.
+        damping: added to the new curvature's diagonal, a number or one for each matrix.
+        epsilon: relative gap under which rotations are damped.
+
+    Returns:
+        `generator`: `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric;
+        `d`: `(..., n)`, the new diagonal of `T`, float32 (float64 for float64);
+        `residual`: the new off-diagonal part, bitwise symmetric, in the old one's dtype (None if none was given);
+        `log_mean`: `(...)`, the logarithm of what `T` was divided by, for the scale `α`.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.
+    """
+    op = "gram_track"
+    x = check.matrix(x, "x", op)
+    batch = x.shape[:-2]
+    check.shaped(d, "d", op, x.shape[:-1], x)
+    check.shaped(scale, "scale", op, (*batch, x.shape[-1]), x)
+    if residual is not None:
+        check.shaped(residual, "residual", op, (*x.shape[:-1], x.shape[-2]), x)
+    beta = check.scalars(beta, "beta", op, x, batch)
+    damping = check.scalars(damping, "damping", op, x, batch)
+    generator, d, new, log_mean = _gram_track(x, d, residual, scale, beta, damping, float(epsilon))
+    return generator, d, None if residual is None else new, log_mean
+
+
+def cayley_track(
+    b: Tensor,
+    x: Tensor,
+    d: Tensor,
+    *,
+    residual: Tensor | None = None,
+    limit: float = 0.5,
+    order: int = 2,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rotate a basis, and what is carried in it, by a limited and self-corrected truncated Cayley map.
+
+        P = cayley_truncated(s · x),  s = min(1, limit / √(‖x²‖_F / √2)),   so that ‖s · x‖₂ ≤ limit
+        b ← b (P − ½ (bᵀb − I)),   T ← Pᵀ T P   (with the same correction in P),   T = Diag(d) + residual
+
+    Args:
+        b: `(..., n, n)`, orthogonal up to rounding.
+        x: `(..., n, n)`, skew-symmetric.
+        d: `(..., n)`, the diagonal of `T`.
+        residual: the off-diagonal part of `T`; None: only `b` is rotated and `d` returned as it came.
+        limit: bound on the spectral norm of the generator; under 1.
+        order: 2, 4 or 8, see `cayley_truncated`.
+        seed: round bfloat16 results stochastically, see `stochastic_round`; None: to nearest.
+
+    Returns:
+        `(b, d, residual)`, each in its own dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value, in a sentence that names the argument.
+    """
+    op = "cayley_track"
+    b = check.square(b, "b", op)
+    check.shaped(x, "x", op, b.shape, b)
+    check.shaped(d, "d", op, b.shape[:-1], b)
+    if residual is not None:
+        check.shaped(residual, "residual", op, b.shape, b)
+    check.choice(order, "order", op, (2, 4, 8))
+    if not 0 < limit <= 1:
+        raise ValueError(f"{op}: `limit` must be in (0, 1], got {limit}")
+    seeds = None if seed is None else check.seeds(seed, op, b, b.shape[:-2])
+    b, d, new = _cayley_track(b, x, d, residual, float(limit), order, seeds)
+    return b, d, None if residual is None else new
