@@ -8,8 +8,8 @@
 import argparse
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Experiment:
             self.run.load_state_dict(state["run"])
 
     def report(self, out: Path) -> None:
-        unfinished = self.run and self.run.curve
+        unfinished = self.run.curve if self.run else None
         curves = self.finished + ([unfinished] if unfinished else [])
         source = report.provenance(self.options["device"])
         name = f"train-{self.options['task']}-{self.options['preset']}"
@@ -121,10 +121,12 @@ def main(argv: list[str] | None = None) -> None:
     experiment.prepare()
     if saved:
         experiment.load(saved)
+    checkpoint = options.checkpoint or options.resume
     try:
-        _train(experiment, options.checkpoint or options.resume, options.checkpoint_every)
+        _train(experiment, checkpoint, options.checkpoint_every)
     except KeyboardInterrupt:
         experiment.report(options.out)
+        print(f"interrupted; to continue: --resume {checkpoint}" if checkpoint else "interrupted")
         raise SystemExit(130) from None
     experiment.report(options.out)
 
@@ -132,11 +134,12 @@ def main(argv: list[str] | None = None) -> None:
 def _train(experiment: Experiment, checkpoint: Path | None, every: int) -> None:
     with _interruption_noted() as interrupted:
         for run in experiment.runs():
-            for _ in _with_progress(run):
-                if checkpoint and (run.step % every == 0 or run.step == run.steps or interrupted()):
-                    experiment.save(checkpoint)
-                if interrupted():
-                    raise KeyboardInterrupt
+            with closing(_with_progress(run)) as steps:
+                for _ in steps:
+                    if checkpoint and (run.step % every == 0 or run.step == run.steps or interrupted()):
+                        experiment.save(checkpoint)
+                    if interrupted():
+                        raise KeyboardInterrupt
             c = run.curve
             print(f"{c.method}, seed {c.seed}: held-out loss {c.loss[-1]:.4f} after {run.step} steps, {run.seconds:.1f} s")
 
@@ -158,7 +161,7 @@ def _interruption_noted() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _with_progress(run: Run) -> Iterator[Tensor]:
+def _with_progress(run: Run) -> Generator[Tensor, None, None]:
     """The steps of a run under a progress bar, which shows only on a terminal and if tqdm is installed."""
     try:
         from tqdm import tqdm

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from spectral_ops.optim._routing import elementwise_name
@@ -102,7 +102,7 @@ class MatrixOptimizer(Optimizer):
     """Base of the matrix optimizers. A subclass makes the state of a matrix and computes the update of a batch."""
 
     # Every parameter group carries these; a group of its own may override them.
-    shared_defaults: dict[str, Any] = {
+    shared_defaults: ClassVar[dict[str, Any]] = {
         "algorithm": None,
         "conv": None,
         "split_sizes": None,
@@ -145,6 +145,10 @@ class MatrixOptimizer(Optimizer):
     def check_options(self, group: Group) -> None:
         """Raise on options outside their range."""
 
+    def layout(self, group: Group) -> tuple[Any, ...]:
+        """The options that decide which tensors `init_state` makes."""
+        return ()
+
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         """State of one piece; every tensor has the leading dimensions `piece.lead`."""
         raise NotImplementedError
@@ -179,7 +183,7 @@ class MatrixOptimizer(Optimizer):
                     elementwise.append(p)
                     continue
                 for piece in pieces(p, group, first + i):
-                    key = (number, piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
+                    key = (number, self.layout(group), piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
                     classes.setdefault(key, []).append(piece)
             for key, members in classes.items():
                 self._step_batch(group, key, members)

@@ -20,10 +20,11 @@ def elementwise_name(name: str) -> bool:
 
 
 def route(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Yield `(name, parameter, algorithm)` once for each trainable parameter, tied ones under their first name.
+    """Yield `(name, parameter, kind)` once for each trainable parameter, tied ones under their first name.
 
-    `algorithm` is `"matrix"` for hidden weights of two or more dimensions and `"adamw"` for embeddings, output heads,
-    norms, biases and everything of fewer than two dimensions.
+    `kind` is `"matrix"` for hidden weights of two or more dimensions, `"conv1d"` for those whose three dimensions are not a
+    batch of matrices, `"adamw"` for embeddings, output heads and norms, and `"undecayed"` for everything of fewer than
+    two dimensions.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     seen: set[int] = set()
@@ -33,13 +34,12 @@ def route(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
                 continue
             seen.add(id(parameter))
             full_name = f"{prefix}.{name}" if prefix else name
-            elementwise = (
-                parameter.ndim < 2
-                or id(parameter) in embedded
-                or _NORM.search(type(module).__name__) is not None
-                or elementwise_name(full_name)
-            )
-            yield full_name, parameter, "adamw" if elementwise else "matrix"
+            if parameter.ndim < 2:
+                yield full_name, parameter, "undecayed"
+            elif id(parameter) in embedded or _NORM.search(type(module).__name__) or elementwise_name(full_name):
+                yield full_name, parameter, "adamw"
+            else:
+                yield full_name, parameter, "conv1d" if isinstance(module, nn.Conv1d) else "matrix"
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -98,12 +98,13 @@ def param_groups(
     adamw_lr = lr if adamw_lr is None else adamw_lr
     kinds = {
         "matrix": {"lr": lr, "weight_decay": weight_decay, "algorithm": "matrix"},
+        "conv1d": {"lr": lr, "weight_decay": weight_decay, "algorithm": "matrix", "conv": True},
         "adamw": {"lr": adamw_lr, "weight_decay": weight_decay, "algorithm": "adamw"},
         "undecayed": {"lr": adamw_lr, "weight_decay": 0.0, "algorithm": "adamw"},
     }
     members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
-    for name, parameter, algorithm in route(model):
-        members["undecayed" if parameter.ndim < 2 else algorithm].append((name, parameter))
+    for name, parameter, kind in route(model):
+        members[kind].append((name, parameter))
     groups = ParamGroups(
         {"params": [p for _, p in members[kind]], "param_names": [name for name, _ in members[kind]], **options}
         for kind, options in kinds.items()

@@ -22,6 +22,7 @@ EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update
 
 TRACKING_ORDER = 2
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
+LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
 
 
@@ -94,6 +95,9 @@ class SpectralKron(MatrixOptimizer):
             )
         if group["exact"] and group["damping"]:
             raise ValueError(f"`damping` belongs to the truncated map, got {group['damping']} with exact=True")
+
+    def layout(self, group: Group) -> tuple[Any, ...]:
+        return tuple(group[name] for name in LAYOUT_OPTIONS)
 
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         p, lead = piece.parameter, piece.lead
@@ -194,10 +198,9 @@ def _paper(group: Group, batch: Batch) -> None:
             bases[side] = b @ ops.cayley(skew * step.to(skew.dtype)[:, None, None])
         else:
             step = torch.minimum(step, group["rotation_limit"] / sq_norm.sqrt().clamp(min=torch.finfo(w.dtype).tiny))
-            rounding = "nearest" if "seed" not in s else "stochastic"
-            bases[side] = ops.cayley_update(
-                b, skew, step, order=group["cayley_order"], correct=True, rounding=rounding, seed=_seeds(s, side) or 0
-            )
+            seeds = _seeds(s, side)
+            rounding = {"rounding": "nearest"} if seeds is None else {"rounding": "stochastic", "seed": seeds}
+            bases[side] = ops.cayley_update(b, skew, step, order=group["cayley_order"], correct=True, **rounding)
     d_c, d_k, alpha = ops.spectrum_update(
         s["eigenvalues_left"],
         s["eigenvalues_right"],
