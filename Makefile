@@ -49,11 +49,11 @@ lint: $(READY) ## ruff
 
 # On a built wheel, since type checkers cannot follow the editable install.
 typecheck: $(READY) ## mypy on the installed wheel
-	@rm -rf build
-	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	@rm -rf build  # setuptools would pack what an older build left there
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site" "$(CURDIR)/build"' EXIT && \
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$$site" . && \
 	$(RUN) -m pip install --quiet --no-deps --target "$$site" "$$site"/*.whl && \
-	config=$$PWD/pyproject.toml && cd "$$site" && $(abspath $(RUN)) -m mypy --config-file "$$config" --package spectral_ops
+	cd "$$site" && "$(abspath $(RUN))" -m mypy --config-file "$(CURDIR)/pyproject.toml" --package spectral_ops
 
 clean: ## remove build products and caches; .venv and out/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

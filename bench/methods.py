@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spectral_ops.optim import SpectralKron, param_groups
 from torch import nn
 
+from spectral_ops.optim import SpectralKron, param_groups
+
 Optimizers = list[torch.optim.Optimizer]
-ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 
 
 @dataclass(frozen=True)

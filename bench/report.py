@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from spectral_ops.bench.training import Curve
 
 BASELINES = ("adamw", "muon", "soap")

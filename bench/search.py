@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from spectral_ops.bench.methods import SPACE, method
 from spectral_ops.bench.tasks import TASKS
 from spectral_ops.bench.training import Run
@@ -28,9 +29,7 @@ class Trials:
         self.losses: dict[tuple[str, ...], float] = {}
         if out.exists():
             with out.open(newline="") as file:
-                self.losses = {
-                    (task, name, seed, options): float(x) for task, name, seed, options, x in csv.reader(file)
-                }
+                self.losses = {(task, name, seed, options): float(x) for task, name, seed, options, x in csv.reader(file)}
 
     def loss(self, task: Any, name: str, options: dict[str, Any]) -> float:
         key = (task.name, name, str(SEED), json.dumps({k: v for k, v in options.items() if (k, v) != ("refine", 1.0)}))

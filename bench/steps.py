@@ -1,6 +1,6 @@
 """Time one optimizer step of each method on the text model, all interleaved in one process.
 
-    python -m spectral_ops.bench steps --preset wide --rounds 100
+python -m spectral_ops.bench steps --preset wide --rounds 100
 """
 
 import argparse
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from spectral_ops.bench import report
 from spectral_ops.bench.methods import Method, method
 from spectral_ops.bench.tasks import TEXT_PRESETS, Text
 from spectral_ops.bench.training import Run, configure
-from torch import Tensor, nn
 
 LR = 1e-3
 CANDIDATES = {

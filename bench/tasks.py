@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from spectral_ops.bench.model import LanguageModel, VisionTransformer
 from torch import Tensor, nn
+
+from spectral_ops.bench.model import LanguageModel, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ def read_text(source: str | None) -> bytes:
         return "".join(topics[name] for name in sorted(topics)).encode()
     path = Path(source)
     if path.is_dir():
-        files = sorted(
-            p for p in path.rglob("*") if p.is_file() and p.suffix in {".txt", ".md", ".rst", ".py", ".html"}
-        )
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {".txt", ".md", ".rst", ".py", ".html"})
         return b"".join(p.read_bytes() for p in files)
     if not path.is_file():
         raise FileNotFoundError(f"--data {source}: no such file or folder")
@@ -60,7 +59,7 @@ class Text:
 
     def __init__(self, preset: str = "default", data: str | None = None, device: str = "cpu"):
         self.preset, self.device = TEXT_PRESETS[preset], device
-        text = torch.frombuffer(bytearray(read_text(data)), dtype=torch.uint8).long()
+        text = torch.tensor(list(read_text(data)), dtype=torch.long)
         cut = int(0.9 * len(text))
         self.training, self.validation = text[:cut], text[cut:]
         if len(self.validation) <= self.preset.context + 1:
@@ -113,7 +112,7 @@ class Digits:
         return (self.images[i] + noise).to(self.device), self.labels[i].to(self.device)
 
 
-TASKS = {"text": Text, "digits": Digits}
+TASKS: dict[str, type[Text] | type[Digits]] = {"text": Text, "digits": Digits}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """Train a benchmark task with each method, then compare: a table, curves as CSV and PNG.
 
-    python -m spectral_ops.bench train --task digits --seed 0,1,2
-    python -m spectral_ops.bench train --checkpoint out/run.pt     # Ctrl-C, and later:
-    python -m spectral_ops.bench train --resume out/run.pt
+python -m spectral_ops.bench train --task digits --seed 0,1,2
+python -m spectral_ops.bench train --checkpoint out/run.pt     # Ctrl-C, and later:
+python -m spectral_ops.bench train --resume out/run.pt
 """
 
 import argparse
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from spectral_ops.bench import report
 from spectral_ops.bench.methods import BUILDERS, Method, method
 from spectral_ops.bench.tasks import DIGITS_PRESETS, TASKS, TEXT_PRESETS
 from spectral_ops.bench.training import Curve, Run, configure
-from torch import Tensor
 
 PRESETS = {"text": TEXT_PRESETS, "digits": DIGITS_PRESETS}
 # What results depend on. A checkpoint holds these options, and a run that continues from it cannot change them.

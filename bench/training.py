@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from spectral_ops.bench.methods import Method
 from spectral_ops.bench.tasks import Digits, Text, evaluate, loss
-from torch import Tensor
 
 WARMUP = 20
 
@@ -68,9 +69,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = task.model()
         self.optimizers = method.build(self.model)
-        self.schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda t: cosine(t, self.steps)) for o in self.optimizers
-        ]
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: cosine(t, self.steps)) for o in self.optimizers]
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.curve = Curve(method.name, seed)
         self.step, self.seconds, self.optimizer_seconds = 0, 0.0, 0.0

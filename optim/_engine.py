@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from spectral_ops.optim._routing import elementwise_name
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from spectral_ops.optim._routing import elementwise_name
 
 Group = dict[str, Any]
 ALGORITHMS = (None, "matrix", "adamw")
@@ -134,9 +135,7 @@ class MatrixOptimizer(Optimizer):
         group = self.param_groups[-1]
         for i, p in enumerate(group["params"]):
             if not p.is_floating_point():
-                raise TypeError(
-                    f"{type(self).__name__}: {name_of(group, i)} is {p.dtype}; only real floating-point works"
-                )
+                raise TypeError(f"{type(self).__name__}: {name_of(group, i)} is {p.dtype}; only real floating-point works")
             if self._is_matrix(group, i):
                 list(pieces(p, group))  # raises where the group's split does not fit
 

@@ -8,19 +8,22 @@ import hashlib
 from typing import Any
 
 import torch
-from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece, accumulation_dtype
 from torch import Tensor
 
 import spectral_ops as ops
+from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece, accumulation_dtype
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
 TARGET_RMS = 0.2  # of an update before the learning rate: about AdamW's own, so that its learning rates carry over
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
-RELATIVE_FLOOR = 1e-12  # eigenvalues are kept above this share of their side's mean
+RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
-TRACKING_ORDER = 2
+TRACKING_ORDER = 4
+# Largest generator of each Cayley order: turns of up to 50° to 70°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and
+# the correction weakens with the cosine of the turn until what P adds outruns it: order 2 at 0.5 trained to NaN.
+LIMITS = {2: 0.4, 4: 0.5, 8: 0.7}
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
 LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
@@ -44,7 +47,7 @@ class SpectralKron(MatrixOptimizer):
         weight_decay: float = 0.0,
         update_scale: str | None = "rms",
         cayley_order: int | None = None,
-        rotation_limit: float = 0.5,
+        rotation_limit: float | None = None,
         rotation_epsilon: float = 0.1,
         max_preconditioner_dim: int = 8192,
         preconditioner_dtype: torch.dtype | None = None,
@@ -78,8 +81,6 @@ class SpectralKron(MatrixOptimizer):
         for name in ("update_interval", "max_preconditioner_dim"):
             if not (isinstance(group[name], int) and group[name] >= 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {group[name]!r}")
-        if not 0 < group["rotation_limit"] <= 1:
-            raise ValueError(f"`rotation_limit` must be in (0, 1], got {group['rotation_limit']}")
         for name, allowed in (
             ("rotation", ROTATIONS),
             ("update_scale", UPDATE_SCALES),
@@ -89,10 +90,11 @@ class SpectralKron(MatrixOptimizer):
         ):
             if group[name] not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+        largest = LIMITS[_map(group)[0] or TRACKING_ORDER]
+        if group["rotation_limit"] is not None and not 0 < group["rotation_limit"] <= largest:
+            raise ValueError(f"`rotation_limit` must be in (0, {largest}] at this Cayley order, got {group['rotation_limit']}")
         if group["rotation"] == "tracking" and (group["gamma"] != 1 or group["exact"]):
-            raise ValueError(
-                '`gamma=0` and `exact=True` are of rotation="riemannian"; "tracking" keeps a moving average'
-            )
+            raise ValueError('`gamma=0` and `exact=True` are of rotation="riemannian"; "tracking" keeps a moving average')
         if group["exact"] and group["damping"]:
             raise ValueError(f"`damping` belongs to the truncated map, got {group['damping']} with exact=True")
 
@@ -152,6 +154,7 @@ def _track(group: Group, batch: Batch) -> None:
     # The scale starts at the first gradient's, and a warm average keeps the identity start from lingering.
     alpha = torch.where((s["updates"] <= 1) & batch.usable, g.square().mean((-2, -1)), s["scale"])
     beta = (s["updates"] + 1).reciprocal().clamp(min=1 - group["betas"][1])
+    order, limit = _map(group)
     rotated = _rotated(g, s)
     inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
     log_means = []
@@ -168,12 +171,11 @@ def _track(group: Group, batch: Batch) -> None:
             x, d, r, log_mean = ops.gram_track(
                 x, d, scale, beta, residual=r, damping=damping, epsilon=group["rotation_epsilon"]
             )
-            limit, order = group["rotation_limit"], group["cayley_order"] or TRACKING_ORDER
             b, d, r = ops.cayley_track(b, x, d, residual=r, limit=limit, order=order, seed=_seeds(s, side))
             batch.store(f"basis_{side}", b)
             if r is not None:
                 batch.store(f"residual_{side}", r)
-        batch.store(f"eigenvalues_{side}", d.clamp(min=RELATIVE_FLOOR * d.mean(-1, keepdim=True)))
+        batch.store(f"eigenvalues_{side}", d.clamp(min=RELATIVE_FLOOR * d.amax(-1, keepdim=True)))
         log_means.append(log_mean)
     batch.store("scale", alpha * torch.exp((log_means[0] + log_means[1]) / 2))
 
@@ -183,6 +185,7 @@ def _paper(group: Group, batch: Batch) -> None:
     s, g = batch.state, batch.grad
     n, m = g.shape[-2:]
     beta2, alpha = 1 - group["betas"][1], s["scale"]
+    order, limit = _map(group)
     rotated = _rotated(g, s)
     inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
     diag_w, bases = [], {}
@@ -194,13 +197,13 @@ def _paper(group: Group, batch: Batch) -> None:
         skew, w, sq_norm = ops.gram_skew(x, d, inverse[other])
         diag_w.append(w)
         step = beta2 / (2 * alpha * k)
-        if group["cayley_order"] is None:
+        if order is None:
             bases[side] = b @ ops.cayley(skew * step.to(skew.dtype)[:, None, None])
         else:
-            step = torch.minimum(step, group["rotation_limit"] / sq_norm.sqrt().clamp(min=torch.finfo(w.dtype).tiny))
+            step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(w.dtype).tiny))
             seeds = _seeds(s, side)
             rounding = {"rounding": "nearest"} if seeds is None else {"rounding": "stochastic", "seed": seeds}
-            bases[side] = ops.cayley_update(b, skew, step, order=group["cayley_order"], correct=True, **rounding)
+            bases[side] = ops.cayley_update(b, skew, step, order=order, correct=True, **rounding)
     d_c, d_k, alpha = ops.spectrum_update(
         s["eigenvalues_left"],
         s["eigenvalues_right"],
@@ -248,6 +251,12 @@ def _adam_rms(group: Group, batch: Batch) -> Tensor:
     step = s["step"].clamp(min=1)[:, None, None]
     first, second = s["momentum_buffer"] / (1 - mu**step), second / (1 - beta**step)
     return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1), keepdim=True).sqrt()
+
+
+def _map(group: Group) -> tuple[int | None, float]:
+    """Order of the Cayley map, None for the exact one, and the limit of its generator."""
+    order = group["cayley_order"] or (TRACKING_ORDER if group["rotation"] == "tracking" else None)
+    return order, group["rotation_limit"] or LIMITS[order or TRACKING_ORDER]
 
 
 def _carries(group: Group) -> bool:

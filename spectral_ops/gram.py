@@ -14,9 +14,7 @@ def _fake(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor 
 _gram = define("gram(Tensor x, Tensor? scale, float alpha, float beta, Tensor? c) -> Tensor", reference.gram, _fake)
 
 
-def gram(
-    x: Tensor, scale: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None
-) -> Tensor:
+def gram(x: Tensor, scale: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None) -> Tensor:
     """`alpha · x Diag(scale) xᵀ + beta · c`, bitwise symmetric.
 
     This is the curvature of one side of a Kronecker factor in its own basis: `W_C = G̃ Diag(1/d_K) G̃ᵀ`

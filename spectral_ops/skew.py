@@ -25,9 +25,7 @@ def _gram_skew_fake(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> t
     )
 
 
-_skew_generator = define(
-    "skew_generator(Tensor w, Tensor d, float tol) -> Tensor", _skew_generator_impl, _skew_generator_fake
-)
+_skew_generator = define("skew_generator(Tensor w, Tensor d, float tol) -> Tensor", _skew_generator_impl, _skew_generator_fake)
 _gram_skew = define(
     "gram_skew(Tensor x, Tensor d, Tensor? scale, float tol) -> (Tensor, Tensor, Tensor)",
     reference.gram_skew,

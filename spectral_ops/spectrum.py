@@ -71,7 +71,5 @@ def spectrum_update(
     if exact and damping:
         raise ValueError(f"{op}: `damping` belongs to the truncated map, got {damping} with exact=True")
     beta2 = check.scalars(beta2, "beta2", op, d_c, batch)
-    d_c, d_k, alpha = _spectrum_update(
-        d_c, d_k, alpha, diag_w_c, diag_w_k, beta2, float(gamma), float(damping), bool(exact)
-    )
+    d_c, d_k, alpha = _spectrum_update(d_c, d_k, alpha, diag_w_c, diag_w_k, beta2, float(gamma), float(damping), bool(exact))
     return d_c, d_k, alpha

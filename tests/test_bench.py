@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from spectral_ops.bench import __main__ as program
 from spectral_ops.bench import report, steps, tasks, train, training
 from spectral_ops.bench.methods import method
@@ -97,9 +98,7 @@ def test_train_digits_without_tqdm(run_train: Callable[..., Path], monkeypatch: 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resume_is_bit_exact(
-    name: str, run_train: Callable[..., Path], interrupt: Callable[..., None], tmp_path: Path
-) -> None:
+def test_resume_is_bit_exact(name: str, run_train: Callable[..., Path], interrupt: Callable[..., None], tmp_path: Path) -> None:
     if name == "soap":
         pytest.importorskip("pytorch_optimizer")
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
@@ -136,9 +135,7 @@ def test_ctrl_c_leaves_results_and_resume_repeats_nothing(
     assert len(after) == 24
 
 
-def test_a_second_ctrl_c_stops_at_once(
-    run_train: Callable[..., Path], interrupt: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_second_ctrl_c_stops_at_once(run_train: Callable[..., Path], interrupt: Callable[..., None], tmp_path: Path) -> None:
     def press_twice() -> None:
         press_ctrl_c()
         press_ctrl_c()

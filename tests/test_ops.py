@@ -405,9 +405,7 @@ def test_dtypes(name, dtype):
 def test_strides_and_inputs_untouched(name):
     args, kwargs = arguments(name, torch.float32)
     want = outputs(getattr(ops, name)(*args, **kwargs))
-    strided = map_tensors(
-        lambda t: t.mT.contiguous().mT if t.ndim > 2 else torch.stack([t, t], -1)[..., 0], args, kwargs
-    )
+    strided = map_tensors(lambda t: t.mT.contiguous().mT if t.ndim > 2 else torch.stack([t, t], -1)[..., 0], args, kwargs)
     before = map_tensors(Tensor.clone, *strided)
     for x, y in zip(outputs(getattr(ops, name)(*strided[0], **strided[1])), want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-5)

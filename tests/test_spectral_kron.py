@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import spectral_ops as ops
 from spectral_ops.optim import SpectralKron, param_groups
+from spectral_ops.optim.spectral_kron import LIMITS
 
 SHAPE_CLASSES = ((6, 9), (9, 6), (4, 4))
 
@@ -40,7 +42,7 @@ OPTIONS = (
     {},
     {"carry_residual": False},
     {"update_interval": 3},
-    {"cayley_order": 4, "rotation_limit": 0.7},
+    {"cayley_order": 4, "rotation_limit": 0.5},
     {"cayley_order": 8},
     {"root": 4.0},
     {"damping": 1e-3},
@@ -75,7 +77,7 @@ def test_it_fits_an_ill_conditioned_regression(options):
         (0.001 * loss if options.get("exact") else loss).backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.01 * losses[0]
+    assert losses[-1] < 0.02 * losses[0]
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -472,6 +474,20 @@ def test_bfloat16_factors_follow_float32_factors():
     assert (got / got.trace() - want / want.trace()).norm() < 0.05 * (want / want.trace()).norm()
 
 
+@pytest.mark.parametrize("order,limit", LIMITS.items())
+@pytest.mark.parametrize("fixed_plane", [True, False])
+def test_the_basis_stays_near_orthogonal_at_the_largest_rotations(order, limit, fixed_plane):
+    """Every step at the limit, with the worst rounding: the correction outweighs what the map adds."""
+    n = 8
+    b = torch.eye(n).to(torch.bfloat16)
+    d, plane = torch.ones(n), torch.zeros(n, n)
+    plane[1, 0], plane[0, 1] = 9.0, -9.0
+    for t in range(500):
+        x = plane if fixed_plane else 9 * torch.randn(n, n, generator=torch.Generator().manual_seed(t)).tril(-1)
+        b = ops.cayley_track(b, (x - x.mT).to(b.dtype), d, limit=limit, order=order, seed=t)[0]
+    assert torch.linalg.matrix_norm(b.float().mT @ b.float() - torch.eye(n), 2) < 0.4
+
+
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
@@ -602,7 +618,7 @@ def test_add_param_group():
         ({"update_scale": "norm"}, "`update_scale` must be one of rms, clip, graft, None, got 'norm'"),
         ({"update_interval": 0}, "`update_interval` must be an integer of at least 1, got 0"),
         ({"cayley_order": 3}, "`cayley_order` must be one of None, 2, 4, 8, got 3"),
-        ({"rotation_limit": 1.5}, r"`rotation_limit` must be in \(0, 1\], got 1.5"),
+        ({"rotation_limit": 0.6}, r"`rotation_limit` must be in \(0, 0.5\] at this Cayley order, got 0.6"),
         ({"weight_decay": -0.1}, "`weight_decay` must be at least 0, got -0.1"),
         ({"preconditioner_dtype": torch.int8}, "`preconditioner_dtype` must be one of .* got torch.int8"),
         ({"gamma": 0}, '`gamma=0` and `exact=True` are of rotation="riemannian"'),
@@ -618,7 +634,7 @@ def test_options_out_of_range_are_named(options, message):
 def test_bad_parameters_and_gradients_are_named():
     with pytest.raises(ValueError, match="empty parameter list"):
         SpectralKron([], lr=0.1)
-    with pytest.raises(TypeError, match="iterable of Tensors|an iterable"):
+    with pytest.raises(TypeError, match=r"iterable of Tensors|an iterable"):
         SpectralKron(torch.ones(3, 3), lr=0.1)
     with pytest.raises(TypeError, match=r"parameter 0 of shape \(3, 3\) is torch.complex64"):
         SpectralKron([nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))], lr=0.1)
@@ -626,7 +642,7 @@ def test_bad_parameters_and_gradients_are_named():
         SpectralKron([{"params": parameters((3, 3)), "split_sizes": [2, 2]}], lr=0.1)
     with pytest.raises(ValueError, match=r"`algorithm` must be one of .*got 'sgd'"):
         SpectralKron([{"params": parameters((3, 3)), "algorithm": "sgd"}], lr=0.1)
-    with pytest.raises(TypeError, match="takes an nn.Module as `model`, got list"):
+    with pytest.raises(TypeError, match=r"takes an nn.Module as `model`, got list"):
         param_groups([], lr=0.1)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         param_groups(nn.ReLU(), lr=0.1)
