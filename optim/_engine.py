@@ -40,6 +40,11 @@ class Piece:
     def count(self) -> int:
         return math.prod(self.lead)
 
+    @property
+    def grad(self) -> Tensor:
+        assert self.parameter.grad is not None  # parameters without one are not in a batch
+        return self.parameter.grad
+
     def rows(self, x: Tensor) -> Tensor:
         """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
         return x if self.length == x.shape[0] else x.narrow(0, self.start, self.length)
@@ -159,7 +164,7 @@ class MatrixOptimizer(Optimizer):
     # The step ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
         Args:
@@ -192,7 +197,7 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def _step_batch(self, group: Group, key: Any, members: list[Piece]) -> None:
-        grads = [piece.rows(piece.parameter.grad).reshape(-1, piece.n, piece.m) for piece in members]
+        grads = [piece.rows(piece.grad).reshape(-1, piece.n, piece.m) for piece in members]
         g = torch.cat(grads).to(accumulation_dtype(members[0].parameter.dtype))
         if group["maximize"]:
             g.neg_()

@@ -20,7 +20,7 @@ WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever 
 RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
-TRACKING_ORDER = 4
+DEFAULT_ORDER = 4
 # Largest generator of each Cayley order: turns of up to 50° to 70°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and
 # the correction weakens with the cosine of the turn until what P adds outruns it: order 2 at 0.5 trained to NaN.
 LIMITS = {2: 0.4, 4: 0.5, 8: 0.7}
@@ -30,6 +30,64 @@ SIDES = ("left", "right")
 
 
 class SpectralKron(MatrixOptimizer):
+    r"""Kronecker-factored curvature in spectral form, learned without any decomposition.
+
+    For a weight `n × m` with gradient `G` it keeps `S = α S_C ⊗ S_K`, `S_l = B_l Diag(d_l) B_lᵀ`, an average of gradient outer
+    products, and steps along its inverse root. With `G̃ = B_Cᵀ G B_K`, `k_C = m`, `k_K = n`, for each side `l`:
+
+        W_C = G̃ Diag(1/d_K) G̃ᵀ,   W_K = G̃ᵀ Diag(1/d_C) G̃
+        d_l from diag(W_l),   B_l ← B_l · Cayley(X_l),   X_l a skew matrix from W_l and the gaps of d_l
+        M ← μ M + (1 − μ) G,   N = μ M + (1 − μ) G (Nesterov)
+        θ ← (1 − lr · weight_decay) θ − lr · scaled(α^(−1/root) S_C^(−1/root) N S_K^(−1/root))
+
+    `rotation="tracking"` (default) keeps the averages whole, `S_l = B_l T_l B_lᵀ`, and turns `B_l` towards their eigenbasis
+    by a bounded step in every update (`spectral_ops.gram_track`, `spectral_ops.cayley_track`).
+    `rotation="riemannian"` is the paper's update; with `update_scale=None, betas=(0, 1 − β₂)` it is Fig. 1 (`exact=True`) or
+    Fig. 6 of Lin et al., 2025, step for step.
+
+    Parameters of fewer than two dimensions, groups with `algorithm="adamw"` and, where the groups carry `param_names`,
+    embeddings and heads by their names, take AdamW in the same optimizer. `param_groups(model, lr)` splits a model.
+    Convolutions are matrices `(out, in·kh·kw)`; other leading dimensions are a batch of matrices (experts). All
+    parameters of one shape in a group are computed as one batch. A step does not synchronise with the host.
+
+    Args:
+        params: parameters, named parameters, or groups. A group may also set `algorithm` ("matrix", "adamw" or None: by
+            its parameters' names), `conv` (True for Conv1d weights), `split_sizes` (rows of each part of a fused weight) and
+            `num_heads` (an int, or one for each part: that part is cut into so many equal matrices).
+        lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
+        betas: `(μ, 1 − β₂)`: decay of the momentum, decay of the curvature average.
+        root: `p`. 2 is Adam-like, 1 Newton-like, 4 Shampoo's outer root.
+        rotation: "tracking" or "riemannian".
+        carry_residual: keep the off-diagonal part of `T_l` ("tracking" only): one more matrix of state a side.
+        update_interval: steps between updates of the factors; in each of the first steps they are updated regardless.
+        damping: `λ` of the adaptive damping `Λ_C = λ k_C mean(1/d_K)`, in units of squared gradients.
+        gamma: 1 for a moving average, 0 for a sum ("riemannian" only).
+        exact: the exact exponential map in place of the truncated one ("riemannian" only).
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled, multiplied by `lr`.
+        update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; "graft": that of Adam's
+            update; None: as it is.
+        cayley_order: 2, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_truncated`. None: 4 for
+            "tracking", the exact map (a linear solve) for "riemannian".
+        rotation_limit: bound on the generator's norm (spectral for "tracking", Frobenius for "riemannian"). None: the
+            largest that is stable, 0.4, 0.5 or 0.7 for order 2, 4 or 8.
+        rotation_epsilon: relative eigenvalue gap under which rotations are damped ("tracking" only).
+        max_preconditioner_dim: larger sides keep a diagonal factor.
+        preconditioner_dtype: of `B_l` and the residuals; None: the parameter's (float32 for float16). bfloat16 factors are
+            rounded stochastically. Eigenvalues and scales are float32 (float64 for float64 parameters) always.
+        adamw_betas, adamw_eps: of AdamW inside; the second beta and eps also of grafting.
+        seed: of the stochastic rounding.
+        maximize: ascend.
+
+    Gradients with a NaN or an infinity, or whose square overflows, leave their parameter and its state untouched.
+
+    Raises:
+        ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.
+        RuntimeError: sparse gradients.
+
+    Lin et al., 2025, "Spectral-factorized Positive-definite Curvature Learning for NN Training", Fig. 1, Fig. 6, Sec. 3.4.
+    """
+
     def __init__(
         self,
         params: Any,
@@ -90,7 +148,7 @@ class SpectralKron(MatrixOptimizer):
         ):
             if group[name] not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
-        largest = LIMITS[_map(group)[0] or TRACKING_ORDER]
+        largest = LIMITS[_map(group)[0]]
         if group["rotation_limit"] is not None and not 0 < group["rotation_limit"] <= largest:
             raise ValueError(f"`rotation_limit` must be in (0, {largest}] at this Cayley order, got {group['rotation_limit']}")
         if group["rotation"] == "tracking" and (group["gamma"] != 1 or group["exact"]):
@@ -103,8 +161,8 @@ class SpectralKron(MatrixOptimizer):
 
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         p, lead = piece.parameter, piece.lead
-        number = {"dtype": accumulation_dtype(p.dtype), "device": p.device}
-        factor = {"dtype": _factor_dtype(group, p), "device": p.device}
+        number: dict[str, Any] = {"dtype": accumulation_dtype(p.dtype), "device": p.device}
+        factor: dict[str, Any] = {"dtype": _factor_dtype(group, p), "device": p.device}
         state = {
             "momentum_buffer": torch.zeros(*lead, piece.n, piece.m, dtype=p.dtype, device=p.device),
             "step": torch.zeros(lead, **number),
@@ -159,7 +217,7 @@ def _track(group: Group, batch: Batch) -> None:
     inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
     log_means = []
     for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
-        b, d, r = (s.get(f"{name}_{side}") for name in ("basis", "eigenvalues", "residual"))
+        b, d, r = s.get(f"basis_{side}"), s[f"eigenvalues_{side}"], s.get(f"residual_{side}")
         scale = inverse[other] / (alpha * k)[:, None]
         damping = group["damping"] * inverse[other].mean(-1) / alpha
         if b is None:
@@ -188,19 +246,18 @@ def _paper(group: Group, batch: Batch) -> None:
     order, limit = _map(group)
     rotated = _rotated(g, s)
     inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
-    diag_w, bases = [], {}
+    diag_w, bases = {}, {}
     for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
         b, d = s.get(f"basis_{side}"), s[f"eigenvalues_{side}"]
         if b is None:
-            diag_w.append((x.square() * inverse[other][:, None, :]).sum(-1))
+            diag_w[side] = (x.square() * inverse[other][:, None, :]).sum(-1)
             continue
-        skew, w, sq_norm = ops.gram_skew(x, d, inverse[other])
-        diag_w.append(w)
+        skew, diag_w[side], sq_norm = ops.gram_skew(x, d, inverse[other])
         step = beta2 / (2 * alpha * k)
-        if order is None:
+        if group["cayley_order"] is None:
             bases[side] = b @ ops.cayley(skew * step.to(skew.dtype)[:, None, None])
         else:
-            step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(w.dtype).tiny))
+            step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(sq_norm.dtype).tiny))
             seeds = _seeds(s, side)
             rounding = {"rounding": "nearest"} if seeds is None else {"rounding": "stochastic", "seed": seeds}
             bases[side] = ops.cayley_update(b, skew, step, order=order, correct=True, **rounding)
@@ -208,7 +265,8 @@ def _paper(group: Group, batch: Batch) -> None:
         s["eigenvalues_left"],
         s["eigenvalues_right"],
         alpha,
-        *diag_w,
+        diag_w["left"],
+        diag_w["right"],
         beta2,
         gamma=group["gamma"],
         damping=group["damping"],
@@ -253,10 +311,10 @@ def _adam_rms(group: Group, batch: Batch) -> Tensor:
     return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1), keepdim=True).sqrt()
 
 
-def _map(group: Group) -> tuple[int | None, float]:
-    """Order of the Cayley map, None for the exact one, and the limit of its generator."""
-    order = group["cayley_order"] or (TRACKING_ORDER if group["rotation"] == "tracking" else None)
-    return order, group["rotation_limit"] or LIMITS[order or TRACKING_ORDER]
+def _map(group: Group) -> tuple[int, float]:
+    """Order of the truncated Cayley map and the limit of its generator."""
+    order = group["cayley_order"] or DEFAULT_ORDER
+    return order, group["rotation_limit"] or LIMITS[order]
 
 
 def _carries(group: Group) -> bool:
