@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.bench import report
-from spectral_ops.bench.methods import BUILDERS, Method, method
+from spectral_ops.bench.methods import BUILDERS, Method, tuned
 from spectral_ops.bench.tasks import DIGITS_PRESETS, TASKS, TEXT_PRESETS
 from spectral_ops.bench.training import Curve, Run, configure
 
@@ -34,10 +34,6 @@ DEFAULTS: dict[str, Any] = {
     "steps": None,
     "seed": [0],
 }
-
-
-def tuned(task: str, name: str) -> Method:
-    return method(name, lr=1e-2, rest_lr=1e-2)
 
 
 class Experiment:

@@ -73,13 +73,13 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, lr: float, adamw_lr: float | None = None, weight_decay: float = 0.0, *, verbose: bool = False
+    model: nn.Module, lr: float = 1.5e-2, adamw_lr: float | None = None, weight_decay: float = 0.0, *, verbose: bool = False
 ) -> ParamGroups:
     """Split a model: hidden matrices to the matrix method; embeddings, heads, norms and biases to AdamW.
 
     Args:
         model: its parameters that require a gradient are taken, tied ones once.
-        lr: learning rate of the matrix method.
+        lr: learning rate of the matrix method; default: SpectralKron's.
         adamw_lr: learning rate of AdamW; default: `lr`.
         weight_decay: decoupled decay of the hidden matrices, embeddings and heads. Parameters of fewer than two
             dimensions (norms and biases) are not decayed.

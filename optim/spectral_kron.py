@@ -20,7 +20,7 @@ WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever 
 RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
-DEFAULT_ORDER = 4
+DEFAULT_ORDER = 2
 # Largest generator of each Cayley order: turns of up to 50° to 70°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and
 # the correction weakens with the cosine of the turn until what P adds outruns it: order 2 at 0.5 trained to NaN.
 LIMITS = {2: 0.4, 4: 0.5, 8: 0.7}
@@ -67,7 +67,7 @@ class SpectralKron(MatrixOptimizer):
         weight_decay: decoupled, multiplied by `lr`.
         update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; "graft": that of Adam's
             update; None: as it is.
-        cayley_order: 2, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_truncated`. None: 4 for
+        cayley_order: 2, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_truncated`. None: 2 for
             "tracking", the exact map (a linear solve) for "riemannian".
         rotation_limit: bound on the generator's norm (spectral for "tracking", Frobenius for "riemannian"). None: the
             largest that is stable, 0.4, 0.5 or 0.7 for order 2, 4 or 8.
@@ -91,8 +91,8 @@ class SpectralKron(MatrixOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.95, 0.6),
+        lr: float | Tensor = 1.5e-2,
+        betas: tuple[float, float] = (0.9, 0.6),
         *,
         root: float = 2.0,
         rotation: str = "tracking",

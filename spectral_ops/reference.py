@@ -78,21 +78,26 @@ def gram_skew(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> tuple[T
 def gram_track(
     x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    t = product(x, scale)
-    t = t * block(beta) if residual is None else t.lerp_(raised(residual), block(1 - beta).expand_as(t))
-    n = t.diagonal(dim1=-2, dim2=-1)
-    n += column(1 - beta) * d + column(beta * damping)
+    dtype, x = x.dtype, raised(x)
+    # The new diagonal is a row reduction, so it and the divisor are known before the product.
+    n = (x.square() @ scale.to(x.dtype).unsqueeze(-1)).squeeze(-1) + column(damping)
+    n = torch.lerp(d.to(x.dtype), n, column(beta))
     log_mean = n.log().mean(-1)
-    t *= block(torch.exp(-log_mean))
-    n = n.clone()
-    gap, width = n.unsqueeze(-1) - n.unsqueeze(-2), n.unsqueeze(-1) + n.unsqueeze(-2)
-    smooth = gap.square().add_(width.square_(), alpha=epsilon**2).clamp_(min=torch.finfo(t.dtype).tiny)
-    generator = skew_from_lower(gap.mul_(t).div_(smooth).mul_(-0.5)).to(x.dtype)
+    shrink = torch.exp(-log_mean)
+    n = n * column(shrink)
+    weighted = x * (column(beta * shrink) * scale).to(x.dtype).unsqueeze(-2)
+    t = weighted @ x.mT
+    if residual is not None:
+        t.addcmul_(raised(residual), block((1 - beta) * shrink).to(t.dtype))
+    gap, width = -0.25 * n, epsilon * n
+    gap, width = gap.unsqueeze(-1) - gap.unsqueeze(-2), width.unsqueeze(-1) + width.unsqueeze(-2)
+    half = width.square_().addcmul_(gap, gap, value=16)
+    half = (gap * t).div_(half)  # both triangles have half of the generator: their difference is bitwise skew
+    generator = (half - half.mT).to(dtype)
     if residual is None:
         return generator, n, None, log_mean
-    off_diagonal = 0.5 * (t + t.mT)
-    off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
-    return generator, n, off_diagonal.to(residual.dtype), log_mean
+    t.diagonal(dim1=-2, dim2=-1).zero_()
+    return generator, n, t.to(residual.dtype), log_mean
 
 
 def limited_step(x2: Tensor, limit: float) -> Tensor:
@@ -134,9 +139,9 @@ def cayley(x: Tensor) -> Tensor:
 def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int) -> Tensor:
     """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet."""
     s = block(step)
-    x, x2 = s * x, s * s * x2
     if order == 2:
-        return add_diagonal(2 * x + 2 * x2, 1)
+        return add_diagonal(torch.addcmul(2 * s * x, x2, 2 * s * s), 1)
+    x, x2 = s * x, s * s * x2
     if order == 4:
         return torch.matmul(x2, add_diagonal(QUARTIC_A * x + QUARTIC_B * x2, 2)).add_(add_diagonal(2 * x, 1))
     x4 = x2 @ x2

@@ -92,7 +92,7 @@ def gram_track(
     Returns:
         `generator`: `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric;
         `d`: `(..., n)`, the new diagonal of `T`, float32 (float64 for float64);
-        `residual`: the new off-diagonal part, bitwise symmetric, in the old one's dtype (None if none was given);
+        `residual`: the new off-diagonal part, symmetric, in the old one's dtype (None if none was given);
         `log_mean`: `(...)`, the logarithm of what `T` was divided by, for the scale `α`.
 
     Raises:

@@ -152,7 +152,6 @@ def test_gram_track_formula(shape, batch, carry):
     assert_close(new_d.log().sum(-1), torch.zeros(batch, dtype=torch.float64), 1e-10)
     if carry:
         assert_close(new_r, t - torch.diag_embed(nn))
-        assert torch.equal(new_r, new_r.mT)
     else:
         assert new_r is None
 
