@@ -32,7 +32,7 @@ TEXT_PRESETS = {
 }
 DIGITS_PRESETS = {
     "tiny": Preset(width=32, layers=1, heads=2, context=16, batch=16, steps=20),
-    "default": Preset(width=64, layers=4, heads=4, context=16, batch=64, steps=300),
+    "default": Preset(width=64, layers=4, heads=4, context=16, batch=64, steps=200),
 }
 EVALUATION_BATCHES = 12
 

@@ -21,9 +21,9 @@ RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalu
 EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
 DEFAULT_ORDER = 2
-# Largest generator of each Cayley order: turns of up to 50° to 70°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and
-# the correction weakens with the cosine of the turn until what P adds outruns it: order 2 at 0.5 trained to NaN.
-LIMITS = {2: 0.4, 4: 0.5, 8: 0.7}
+# Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
+# turns a plane by θ that multiplies the plane's anisotropic defect by `2 sin(θ/2)`: from 60° on the correction feeds it.
+LIMITS = {2: 0.42, 4: 0.5, 8: 0.55}
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
 LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
@@ -70,7 +70,7 @@ class SpectralKron(MatrixOptimizer):
         cayley_order: 2, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_truncated`. None: 2 for
             "tracking", the exact map (a linear solve) for "riemannian".
         rotation_limit: bound on the generator's norm (spectral for "tracking", Frobenius for "riemannian"). None: the
-            largest that is stable, 0.4, 0.5 or 0.7 for order 2, 4 or 8.
+            largest that is stable, 0.42, 0.5 or 0.55 for order 2, 4 or 8: turns of under 60°.
         rotation_epsilon: relative eigenvalue gap under which rotations are damped ("tracking" only).
         max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of `B_l` and the residuals; None: the parameter's (float32 for float16). bfloat16 factors are
@@ -92,7 +92,7 @@ class SpectralKron(MatrixOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1.5e-2,
-        betas: tuple[float, float] = (0.9, 0.6),
+        betas: tuple[float, float] = (0.9, 0.5),
         *,
         root: float = 2.0,
         rotation: str = "tracking",

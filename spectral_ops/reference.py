@@ -100,11 +100,12 @@ def gram_track(
     return generator, n, t.to(residual.dtype), log_mean
 
 
-def limited_step(x2: Tensor, limit: float) -> Tensor:
-    """The largest `s ≤ 1` with `‖s·X‖₂ ≤ limit`, from the bound `‖X‖₂² ≤ ‖X²‖_F / √2` for skew `X`, whose singular
-    values come in pairs."""
+def limited_step(x2: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The largest `s ≤ 1` with `‖s·X‖₂ ≤ limit`, and the bound on `‖s·X‖₂` that it leaves: `‖X‖₂² ≤ ‖X²‖_F / √2` for skew
+    `X`, whose singular values come in pairs."""
     norm = (torch.linalg.vector_norm(x2, dim=(-2, -1)) / math.sqrt(2)).sqrt()
-    return (limit / norm.clamp(min=torch.finfo(x2.dtype).tiny)).clamp(max=1)
+    step = (limit / norm.clamp(min=torch.finfo(x2.dtype).tiny)).clamp(max=1)
+    return step, step * norm
 
 
 def cayley_track(
@@ -112,7 +113,14 @@ def cayley_track(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     b32, x = raised(b), raised(x)
     x2 = x @ x
-    p = correct(polynomial(x, x2, limited_step(x2, limit), order), b32)
+    step, norm = limited_step(x2, limit)
+    if order == 2:
+        # I + 2X + cX² has PPᵀ = I − (4 − 2c)(−X²) + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and tends to 2 with it.
+        c = 4 / (1 + torch.sqrt(1 - 4 * norm.square()))
+        p = add_diagonal(torch.addcmul(2 * block(step) * x, x2, block(c * step * step)), 1)
+    else:
+        p = polynomial(x, x2, step, order)
+    p = correct(p, b32)
     b_new = rounded(b32 @ p, b.dtype, seed)
     if residual is None:
         return b_new, d.clone(), None

@@ -167,7 +167,7 @@ def test_gram_track_is_the_papers_generator_for_separated_eigenvalues():
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("norm", [0.1, 5.0])
 def test_cayley_track_formula(order, batch, norm):
-    n, limit = 7, 0.5
+    n, limit = 7, 0.42
     b, x, d = orthogonal(*batch, n), skew(*batch, n, norm=norm), positive(*batch, n)
     r = torch.randn(*batch, n, n, dtype=torch.float64).tril(-1)
     r = 0.1 * (r + r.mT)
@@ -175,7 +175,10 @@ def test_cayley_track_formula(order, batch, norm):
     bound = ((x @ x).square().sum((-2, -1)) / 2) ** 0.25
     step = (limit / bound).clamp(max=1)[..., None, None]
     assert (torch.linalg.matrix_norm(step * x, 2) <= limit + 1e-12).all()
-    p = ops.cayley_truncated(step * x, order=order) - 0.5 * (b.mT @ b - torch.eye(n))
+    eye, y = torch.eye(n), step * x
+    c = (4 / (1 + (1 - 4 * (step[..., 0, 0] * bound) ** 2).sqrt()))[..., None, None]
+    p = eye + 2 * y + c * y @ y if order == 2 else ops.cayley_truncated(y, order=order)
+    p = p - 0.5 * (b.mT @ b - eye)
     t = p.mT @ (torch.diag_embed(d) + r) @ p
     assert_close(new_b, b @ p)
     assert_close(new_d, t.diagonal(dim1=-2, dim2=-1))
@@ -187,7 +190,30 @@ def test_cayley_track_without_residual_leaves_d():
     b, x, d = orthogonal(5), skew(5, norm=0.2), positive(5)
     new_b, new_d, new_r = ops.cayley_track(b, x, d)
     assert torch.equal(new_d, d) and new_r is None
-    assert_close(new_b, ops.cayley_update(b, x, correct=True, order=2))
+    x2 = x @ x
+    sigma2 = x2.norm() / math.sqrt(2)
+    p = torch.eye(5) + 2 * x + 4 / (1 + (1 - 4 * sigma2).sqrt()) * x2
+    assert_close(new_b, b @ (p - 0.5 * (b.mT @ b - torch.eye(5))))
+
+
+@pytest.mark.parametrize(
+    "order,angle,grows", [(2, 59, False), (2, 61, True), (4, 59, False), (4, 61, True), (8, 59, False), (8, 67, True)]
+)
+def test_turns_of_60_degrees_are_the_edge_of_stability(order, angle, grows):
+    """`2 sin(θ/2)` is what an update does to the difference of a plane's two lengths (order 8 shrinks both besides)."""
+    low, high = 0.3, 0.5 if order == 2 else 0.9
+    for _ in range(60):  # the limit whose turn is `angle`
+        limit = (low + high) / 2
+        x = torch.tensor([[0.0, -9.0], [9.0, 0.0]], dtype=torch.float64)
+        p = ops.cayley_track(torch.eye(2).double(), x, torch.ones(2).double(), limit=limit, order=order)[0]
+        low, high = (limit, high) if math.degrees(math.atan2(p[1, 0], p[0, 0])) < angle else (low, limit)
+    b = torch.diag(torch.tensor([1.001, 0.999], dtype=torch.float64))
+    defects = []
+    for _ in range(61):
+        b = ops.cayley_track(b, x, torch.ones(2).double(), limit=limit, order=order)[0]
+        s = torch.linalg.svdvals(b)
+        defects.append((s[0] ** 2 - s[1] ** 2).item())
+    assert (defects[-1] > defects[0]) == grows
 
 
 # --- Cayley -----------------------------------------------------------------------------------------------------------
@@ -480,7 +506,10 @@ def test_wrong_types_are_named(name):
             r"`rounding` must be one of .*got 'up'",
         ),
         (lambda x, d: ops.cayley_update(x[..., :6], x[..., :6], d), r"`step` must be a number or have shape \(2,\)"),
-        (lambda x, d: ops.cayley_track(x[..., :6], x[..., :6], d, limit=1.5), r"`limit` must be in \(0, 1\], got 1.5"),
+        (
+            lambda x, d: ops.cayley_track(x[..., :6], x[..., :6], d, limit=1.5),
+            r"`limit` must be in \(0, 0.5\] for order 2, got 1.5",
+        ),
         (lambda x, d: ops.apply_root(x, None, d, None, d, 1.0, 2.0), r"`d_k` must have shape \(2, 9\), got \(2, 6\)"),
         (lambda x, d: ops.apply_root(x, None, d, None, x[:, 0], 1.0, 0.0), r"`root` must be positive, got 0.0"),
         (lambda x, d: ops.spectrum_update(d, d, d, d, d, 0.1), r"`alpha` must have shape \(2,\), got \(2, 6\)"),

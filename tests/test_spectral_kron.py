@@ -618,7 +618,7 @@ def test_add_param_group():
         ({"update_scale": "norm"}, "`update_scale` must be one of rms, clip, graft, None, got 'norm'"),
         ({"update_interval": 0}, "`update_interval` must be an integer of at least 1, got 0"),
         ({"cayley_order": 3}, "`cayley_order` must be one of None, 2, 4, 8, got 3"),
-        ({"rotation_limit": 0.6}, r"`rotation_limit` must be in \(0, 0.4\] at this Cayley order, got 0.6"),
+        ({"rotation_limit": 0.6}, r"`rotation_limit` must be in \(0, 0.42\] at this Cayley order, got 0.6"),
         ({"weight_decay": -0.1}, "`weight_decay` must be at least 0, got -0.1"),
         ({"preconditioner_dtype": torch.int8}, "`preconditioner_dtype` must be one of .* got torch.int8"),
         ({"gamma": 0}, '`gamma=0` and `exact=True` are of rotation="riemannian"'),

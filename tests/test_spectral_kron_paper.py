@@ -133,8 +133,8 @@ def tracking(w, gradient, steps, *, lr, mu, beta2, root, epsilon, limit, carry, 
                         x[i, j] = -0.5 * matrix[i, j] * gap / (gap**2 + epsilon**2 * total**2)
                 x = x - x.T
                 bound = ((x @ x).norm() / math.sqrt(2)).sqrt()
-                x = x * min(1.0, limit / bound)
-                p = eye + 2 * x + 2 * x @ x - 0.5 * (b[s].T @ b[s] - eye)
+                x, sigma = x * min(1.0, limit / bound), min(bound, limit)
+                p = eye + 2 * x + 4 / (1 + math.sqrt(1 - 4 * sigma**2)) * x @ x - 0.5 * (b[s].T @ b[s] - eye)
                 b[s] = b[s] @ p
                 if carry:
                     matrix = p.T @ matrix @ p
