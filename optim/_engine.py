@@ -137,7 +137,15 @@ class MatrixOptimizer(Optimizer):
             raise ValueError(f"`algorithm` must be one of {ALGORITHMS}, got {merged['algorithm']!r}")
         self.check_options(merged)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_parameters(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_parameters(self, group: Group) -> None:
+        if not group["params"]:
+            raise ValueError(f"parameter group {len(self.param_groups) - 1} is empty")
         for i, p in enumerate(group["params"]):
             if not p.is_floating_point():
                 raise TypeError(f"{type(self).__name__}: {name_of(group, i)} is {p.dtype}; only real floating-point works")
@@ -174,27 +182,32 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = 0
-        for number, group in enumerate(self.param_groups):
+        # All gradients are checked before anything changes.
+        work = [(group, *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
+        for group, classes, elementwise in work:
             group["step"] += 1
-            classes: dict[Any, list[Piece]] = {}
-            elementwise = []
-            for i, p in enumerate(group["params"]):
-                if p.grad is None or p.numel() == 0:
-                    continue
-                self._check_gradient(group, i, p.grad)
-                if not self._is_matrix(group, i):
-                    elementwise.append(p)
-                    continue
-                for piece in pieces(p, group, first + i):
-                    key = (number, self.layout(group), piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
-                    classes.setdefault(key, []).append(piece)
             for key, members in classes.items():
                 self._step_batch(group, key, members)
             if elementwise:
                 self._step_adamw(group, elementwise)
-            first += len(group["params"])
         return loss
+
+    def _collect(self, number: int, group: Group) -> tuple[dict[Any, list[Piece]], list[Tensor]]:
+        """The parameters of a group that have a gradient: pieces by class, and what takes AdamW."""
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
+        classes: dict[Any, list[Piece]] = {}
+        elementwise = []
+        for i, p in enumerate(group["params"]):
+            if p.grad is None or p.numel() == 0:
+                continue
+            self._check_gradient(group, i, p.grad)
+            if not self._is_matrix(group, i):
+                elementwise.append(p)
+                continue
+            for piece in pieces(p, group, first + i):
+                key = (number, self.layout(group), piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
+                classes.setdefault(key, []).append(piece)
+        return classes, elementwise
 
     def _step_batch(self, group: Group, key: Any, members: list[Piece]) -> None:
         grads = [piece.rows(piece.grad).reshape(-1, piece.n, piece.m) for piece in members]

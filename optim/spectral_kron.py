@@ -55,7 +55,8 @@ class SpectralKron(MatrixOptimizer):
             its parameters' names), `conv` (True for Conv1d weights), `split_sizes` (rows of each part of a fused weight) and
             `num_heads` (an int, or one for each part: that part is cut into so many equal matrices).
         lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
-        betas: `(μ, 1 − β₂)`: decay of the momentum, decay of the curvature average.
+        betas: `(μ, 1 − β₂)`: decay of the momentum, decay of the curvature average. The tracking rotation wants a short
+            average, the paper's a long one (0.95 and more).
         root: `p`. 2 is Adam-like, 1 Newton-like, 4 Shampoo's outer root.
         rotation: "tracking" or "riemannian".
         carry_residual: keep the off-diagonal part of `T_l` ("tracking" only): one more matrix of state a side.
@@ -79,7 +80,7 @@ class SpectralKron(MatrixOptimizer):
         seed: of the stochastic rounding.
         maximize: ascend.
 
-    Gradients with a NaN or an infinity, or whose square overflows, leave their parameter and its state untouched.
+    A matrix whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state.
 
     Raises:
         ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.

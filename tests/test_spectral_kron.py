@@ -600,6 +600,9 @@ def test_add_param_group():
     assert not torch.equal(second, before)
     with pytest.raises(ValueError, match="`root` must be positive, got -1"):
         optimizer.add_param_group({"params": parameters((3, 3)), "root": -1})
+    with pytest.raises(ValueError, match="parameter group 2 is empty"):
+        optimizer.add_param_group({"params": []})
+    assert len(optimizer.param_groups) == 2
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -634,6 +637,8 @@ def test_options_out_of_range_are_named(options, message):
 def test_bad_parameters_and_gradients_are_named():
     with pytest.raises(ValueError, match="empty parameter list"):
         SpectralKron([], lr=0.1)
+    with pytest.raises(ValueError, match="parameter group 1 is empty"):
+        SpectralKron([{"params": parameters((3, 3))}, {"params": []}], lr=0.1)
     with pytest.raises(TypeError, match=r"iterable of Tensors|an iterable"):
         SpectralKron(torch.ones(3, 3), lr=0.1)
     with pytest.raises(TypeError, match=r"parameter 0 of shape \(3, 3\) is torch.complex64"):
@@ -652,3 +657,11 @@ def test_bad_parameters_and_gradients_are_named():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="does not take sparse gradients; parameter 'weight' has one"):
         optimizer.step()
+
+    dense, sparse = nn.Linear(3, 3), nn.Embedding(5, 3, sparse=True)
+    optimizer = SpectralKron([{"params": dense.parameters()}, {"params": sparse.parameters()}], lr=0.1)
+    before = dense.weight.detach().clone()
+    (dense(sparse(torch.tensor([1])))).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of shape \(5, 3\) has one"):
+        optimizer.step()
+    assert torch.equal(dense.weight, before)  # nothing changed before the error
