@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "muon": _muon,
     "soap": _soap,
     "spectral_kron": _spectral_kron,
+    "spectral_kron_bf16": partial(_spectral_kron, preconditioner_dtype=torch.bfloat16),
 }
 
 

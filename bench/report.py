@@ -17,7 +17,19 @@ BASELINES = ("adamw", "muon", "soap")
 LEGEND = """loss: held out, at the end; vs X: steps to X's final loss, in X's own steps; optimizer: its share of a step's time
 and its milliseconds; bytes/param: optimizer state by parameter of the model; ± standard deviation over the seeds"""
 # One colour for a method whatever else is drawn; from a palette that colour-blind readers can tell apart.
-COLOURS = {"spectral_kron": "#d55e00", "soap": "#0072b2", "muon": "#009e73", "adamw": "#555555"}
+COLOURS = {
+    "spectral_kron": "#d55e00",
+    "spectral_kron_bf16": "#e69f00",
+    "soap": "#0072b2",
+    "muon": "#009e73",
+    "adamw": "#555555",
+}
+    "spectral_kron": "#d55e00",
+    "spectral_kron_bf16": "#e69f00",
+    "soap": "#0072b2",
+    "muon": "#009e73",
+    "adamw": "#555555",
+}
 
 
 def provenance(device: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from spectral_ops.bench.tasks import TASKS
 from spectral_ops.bench.training import Run
 
 SEED = 0
+HEADER = ["task", "method", "seed", "options", "loss"]
 
 
 class Trials:
@@ -29,7 +30,9 @@ class Trials:
         self.losses: dict[tuple[str, ...], float] = {}
         if out.exists():
             with out.open(newline="") as file:
-                self.losses = {(task, name, seed, options): float(x) for task, name, seed, options, x in csv.reader(file)}
+                self.losses = {tuple(trial[:-1]): float(trial[-1]) for trial in list(csv.reader(file))[1:]}
+        else:
+            self._append(HEADER)
 
     def loss(self, task: Any, name: str, options: dict[str, Any]) -> float:
         key = (task.name, name, str(SEED), json.dumps({k: v for k, v in options.items() if (k, v) != ("refine", 1.0)}))
@@ -38,9 +41,12 @@ class Trials:
             for _ in run:
                 pass
             self.losses[key] = run.curve.loss[-1]
-            with self.out.open("a", newline="") as file:
-                csv.writer(file).writerow([*key, f"{run.curve.loss[-1]:.5f}"])
+            self._append([*key, f"{run.curve.loss[-1]:.5f}"])
         return self.losses[key]
+
+    def _append(self, row: list[str]) -> None:
+        with self.out.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
 
 
 def search(task: Any, name: str, out: Path) -> dict[str, Any]:

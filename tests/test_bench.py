@@ -278,3 +278,19 @@ def test_state_bytes_count_lists_of_tensors() -> None:
     list(run)
     expected = sum(4 * (2 * p.numel() + 2 * p.shape[0] ** 2 + 2 * p.shape[1] ** 2) for p in run.optimizers[0].state)
     assert training.state_bytes(run.optimizers[0]) == expected
+
+
+def test_search_tries_each_method_equally_often_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_ops.bench import search
+    from spectral_ops.bench.methods import SPACE
+
+    counts = {name: sum(map(len, space.values())) - len(space) + 1 for name, space in SPACE.items()}
+    assert len(set(counts.values())) == 1
+
+    task, out = tasks.Text("tiny"), tmp_path / "search.csv"
+    monkeypatch.setitem(SPACE, "adamw", {"lr": [1e-3, 2e-3], "rest_lr": [1e-3], "refine": [1.0, 2.0]})
+    best = search.search(task, "adamw", out)
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 3 and min(rows, key=lambda row: float(row["loss"]))["method"] == "adamw"
+    monkeypatch.setattr(search, "Run", None)  # a second search runs nothing
+    assert search.search(task, "adamw", out) == best
