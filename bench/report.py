@@ -24,12 +24,6 @@ COLOURS = {
     "muon": "#009e73",
     "adamw": "#555555",
 }
-    "spectral_kron": "#d55e00",
-    "spectral_kron_bf16": "#e69f00",
-    "soap": "#0072b2",
-    "muon": "#009e73",
-    "adamw": "#555555",
-}
 
 
 def provenance(device: str) -> dict[str, str]:
