@@ -102,9 +102,9 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("text", "adamw"): {"lr": 0.002, "betas": (0.9, 0.95), "rest_lr": 0.02, "refine": 0.7},
     ("text", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02, "refine": 1.4},
     ("text", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.003},
-    ("digits", "adamw"): {"lr": 0.001, "betas": (0.9, 0.99), "rest_lr": 0.01},
-    ("digits", "muon"): {"lr": 0.01, "momentum": 0.9, "rest_lr": 0.01, "refine": 0.7},
-    ("digits", "soap"): {"lr": 0.01, "betas": (0.9, 0.95), "rest_lr": 0.02},
+    ("digits", "adamw"): {"lr": 0.002, "betas": (0.9, 0.99), "rest_lr": 0.02, "refine": 0.7},
+    ("digits", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02},
+    ("digits", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.02, "refine": 1.4},
 }
 
 
