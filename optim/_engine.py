@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from spectral_ops.optim._routing import elementwise_name
+from spectral_ops.reference import accumulation_dtype
 
 Group = dict[str, Any]
 ALGORITHMS = (None, "matrix", "adamw")
@@ -72,10 +73,6 @@ class Batch:
         old = self.state[name]
         mask = self.usable.view(-1, *[1] * (old.ndim - 1))
         torch.where(mask, value.to(old.dtype), old, out=old)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:

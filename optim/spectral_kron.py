@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import spectral_ops as ops
-from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece, accumulation_dtype
+from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece
+from spectral_ops.reference import accumulation_dtype
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from spectral_ops.reference import accumulation_dtype
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,7 +47,7 @@ def scalars(value: float | Tensor, name: str, op: str, like: Tensor, batch: torc
 
     A number becomes a filled tensor, not a copied one: the copy would be a host-to-device transfer.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
         x = tensor(value, name, op)
         if x.ndim and x.shape != batch:
