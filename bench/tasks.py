@@ -59,17 +59,18 @@ class Text:
 
     def __init__(self, preset: str = "default", data: str | None = None, device: str = "cpu"):
         self.preset, self.device = TEXT_PRESETS[preset], device
-        text = torch.tensor(list(read_text(data)), dtype=torch.long)
-        cut = int(0.9 * len(text))
+        content = bytearray(read_text(data))
+        cut = int(0.9 * len(content))
+        if len(content) - cut <= self.preset.context + 1:
+            raise ValueError(f"{len(content)} bytes of text are too few for a context of {self.preset.context}")
+        text = torch.frombuffer(content, dtype=torch.uint8)
         self.training, self.validation = text[:cut], text[cut:]
-        if len(self.validation) <= self.preset.context + 1:
-            raise ValueError(f"{len(text)} bytes of text are too few for a context of {self.preset.context}")
         generator = torch.Generator().manual_seed(2)
         self.held_out = [self._draw(self.validation, generator) for _ in range(EVALUATION_BATCHES)]
 
     def _draw(self, text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(text) - self.preset.context - 1, (self.preset.batch, 1), generator=generator)
-        windows = text[starts + torch.arange(self.preset.context + 1)].to(self.device)
+        windows = text[starts + torch.arange(self.preset.context + 1)].to(self.device).long()
         return windows[:, :-1], windows[:, 1:]
 
     def model(self) -> nn.Module:

@@ -59,6 +59,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:SpectralKron got a matrix")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_fits_an_ill_conditioned_regression(options):
     scales = torch.logspace(0, 1.5, 12)
@@ -512,6 +513,7 @@ def calls_of_a_step(shapes: list[tuple[int, ...]], **options) -> list[str]:
     return calls.names
 
 
+@pytest.mark.filterwarnings("ignore:SpectralKron got a matrix")
 @pytest.mark.parametrize("options", [*OPTIONS[:12], {"weight_decay": 0.1, "maximize": True}], ids=str)
 def test_a_step_does_not_synchronise_with_the_host(options):
     names = calls_of_a_step([(6, 9), (6, 9), (4, 4), (7,)], **options)
