@@ -86,18 +86,18 @@ def _training_row(label: str, curves: list[Curve], targets: dict[str, dict[int, 
         reached = [_reached(c, by_seed.get(c.seed)) for c in curves]
         if name == "adamw":
             row += [_mean([r and r[0] for r in reached], ".0f"), _mean([r and r[1] for r in reached], ".1f")]
-        row.append(_mean([r and r[2] for r in reached], ".2f"))
+        row.append(_mean([r and r[2] for r in reached], ".3f"))
     share = sum(c.optimizer_seconds for c in curves) / sum(c.seconds[-1] for c in curves)
     ms = _mean([1e3 * c.optimizer_seconds / c.steps[-1] for c in curves], ".2f")
     return [*row, f"{share:.0%}", ms, f"{curves[0].state_bytes_per_parameter:.1f}"]
 
 
-def _reached(curve: Curve, target: Curve | None) -> tuple[int, float, float] | None:
+def _reached(curve: Curve, target: Curve | None) -> tuple[float, float, float] | None:
     """Steps and seconds to the target's final loss, and these steps as a ratio of the target's own."""
-    i = None if target is None else curve.first(target.loss[-1])
-    if target is None or i is None:
+    reached = None if target is None else curve.reach(target.loss[-1])
+    if target is None or reached is None:
         return None
-    return curve.steps[i], curve.seconds[i], curve.steps[i] / target.steps[-1]
+    return *reached, reached[0] / target.steps[-1]
 
 
 def _mean(values: list[float | None], form: str) -> str:

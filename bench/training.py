@@ -44,9 +44,16 @@ class Curve:
     optimizer_seconds: float = 0.0
     state_bytes_per_parameter: float = 0.0
 
-    def first(self, target: float) -> int | None:
-        """Index of the first evaluation at or below `target`."""
-        return next((i for i, value in enumerate(self.loss) if value <= target), None)
+    def reach(self, target: float) -> tuple[float, float] | None:
+        """Steps and seconds after which the loss first stood at `target`, by a straight line between evaluations."""
+        i = next((i for i, value in enumerate(self.loss) if value <= target), None)
+        if i is None:
+            return None
+        if i == 0:
+            return self.steps[0], self.seconds[0]
+        share = (self.loss[i - 1] - target) / (self.loss[i - 1] - self.loss[i])
+        before, after = (self.steps[i - 1], self.seconds[i - 1]), (self.steps[i], self.seconds[i])
+        return before[0] + share * (after[0] - before[0]), before[1] + share * (after[1] - before[1])
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

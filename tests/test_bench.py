@@ -267,9 +267,17 @@ def test_training_table() -> None:
     assert [cell.strip() for cell in lines[0].split("  ") if cell.strip()] == header
     cells = {line.split("  ")[0]: [c.strip() for c in line.split("  ") if c.strip()][1:] for line in lines[2:]}
     # Muon's loss is reached from one of the two seeds only.
-    assert cells["spectral_kron"][1:5] == ["25 ± 7", "5.0 ± 1.4", "0.62 ± 0.18", "1.00 (1 of 2)"]
+    assert cells["spectral_kron"][1:5] == ["25 ± 7", "5.0 ± 1.4", "0.625 ± 0.177", "1.000 (1 of 2)"]
     assert cells["spectral_kron"][5:] == ["25%", "50.00 ± 0.00", "8.0"]
-    assert cells["soap, to step 20"][1:5] == ["20", "4.0", "0.50", "-"]
+    assert cells["soap, to step 20"][1:5] == ["20", "4.0", "0.500", "-"]
+
+
+def test_a_target_between_two_evaluations_is_reached_between_them() -> None:
+    curve = Curve("adamw", 0, [10, 20, 30], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0])
+    assert curve.reach(2.0) == (15.0, 1.5)
+    assert curve.reach(1.0) == (20.0, 2.0)
+    assert curve.reach(5.0) == (10, 1.0)
+    assert curve.reach(0.5) is None
 
 
 def test_state_bytes_count_lists_of_tensors() -> None:
