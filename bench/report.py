@@ -14,7 +14,7 @@ import torch
 from spectral_ops.bench.training import Curve
 
 BASELINES = ("adamw", "muon", "soap")
-LEGEND = """loss: held out, at the end; vs X: steps to X's final loss, in X's own steps; optimizer: its share of a step's time
+LEGEND = """loss: on the evaluation set, at the end; vs X: steps to X's final loss, in X's own steps; optimizer: its share of a step's time
 and its milliseconds; bytes/param: optimizer state by parameter of the model; ± standard deviation over the seeds"""
 # One colour for a method whatever else is drawn; from a palette that colour-blind readers can tell apart.
 COLOURS = {
@@ -122,7 +122,7 @@ def write_curves(path: Path, curves: list[Curve]) -> None:
 
 
 def plot_curves(path: Path, curves: list[Curve], title: str) -> None:
-    """Held-out loss against steps and against seconds, a line for each run and a colour for each method."""
+    """Evaluation loss against steps and against seconds, a line for each run and a colour for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
@@ -141,7 +141,7 @@ def plot_curves(path: Path, curves: list[Curve], title: str) -> None:
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_formatter(ScalarFormatter())
         panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("held-out loss (nats)")
+    panels[0].set_ylabel("evaluation loss (nats)")
     panels[0].legend(frameon=False)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)

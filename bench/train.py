@@ -138,7 +138,7 @@ def _train(experiment: Experiment, checkpoint: Path | None, every: int) -> None:
                     if interrupted():
                         raise KeyboardInterrupt
             c = run.curve
-            print(f"{c.method}, seed {c.seed}: held-out loss {c.loss[-1]:.4f} after {run.step} steps, {run.seconds:.1f} s")
+            print(f"{c.method}, seed {c.seed}: evaluation loss {c.loss[-1]:.4f} after {run.step} steps, {run.seconds:.1f} s")
 
 
 @contextmanager
