@@ -14,8 +14,8 @@ import torch
 from spectral_ops.bench.training import Curve
 
 BASELINES = ("adamw", "muon", "soap")
-LEGEND = """loss: on the evaluation set, at the end; vs X: steps to X's final loss, in X's own steps; optimizer: its share of a step's time
-and its milliseconds; bytes/param: optimizer state by parameter of the model; ± standard deviation over the seeds"""
+LEGEND = """loss: on the evaluation set, at the end; vs X: steps to X's final loss, in X's own steps; optimizer: its share of a
+step's time and its milliseconds; bytes/param: optimizer state by parameter of the model; ± standard deviation over seeds"""
 # One colour for a method whatever else is drawn; from a palette that colour-blind readers can tell apart.
 COLOURS = {
     "spectral_kron": "#d55e00",

@@ -1,6 +1,6 @@
 """The two training tasks: next byte of English text, and scikit-learn's digits under noise.
 
-A task makes its model and its training batches from seeds alone, and measures every method on the same held-out examples.
+A task makes its model and its training batches from seeds alone, and measures every method on the same evaluation set.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Text:
         text = torch.frombuffer(content, dtype=torch.uint8)
         self.training, self.validation = text[:cut], text[cut:]
         generator = torch.Generator().manual_seed(2)
-        self.held_out = [self._draw(self.validation, generator) for _ in range(EVALUATION_BATCHES)]
+        self.evaluation_set = [self._draw(self.validation, generator) for _ in range(EVALUATION_BATCHES)]
 
     def _draw(self, text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(text) - self.preset.context - 1, (self.preset.batch, 1), generator=generator)
@@ -101,7 +101,7 @@ class Digits:
         self.labels = torch.tensor(labels)[keep]
         generator = torch.Generator().manual_seed(2)
         noisy = self.images + 0.3 * torch.randn(self.images.shape, generator=generator)
-        self.held_out = [(noisy.to(device), self.labels.to(device))]
+        self.evaluation_set = [(noisy.to(device), self.labels.to(device))]
 
     def model(self) -> nn.Module:
         p = self.preset
@@ -123,4 +123,4 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Text | Digits) -> float:
-    return sum(loss(model, batch).item() for batch in task.held_out) / len(task.held_out)
+    return sum(loss(model, batch).item() for batch in task.evaluation_set) / len(task.evaluation_set)

@@ -31,7 +31,7 @@ def configure(device: str, threads: int | None) -> None:
 
 @dataclass
 class Curve:
-    """What a run leaves behind: `loss[i]` is the held-out loss after `steps[i]` steps and `seconds[i]` of training.
+    """What a run leaves behind: `loss[i]` is the evaluation loss after `steps[i]` steps and `seconds[i]` of training.
 
     `optimizer_seconds` of the last `seconds` were spent inside optimizers.
     """
