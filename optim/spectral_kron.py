@@ -282,12 +282,11 @@ def _paper(group: Group, batch: Batch) -> None:
 
 
 def _rotated(g: Tensor, s: dict[str, Tensor]) -> Tensor:
-    """`B_Cᵀ g B_K` in the factors' dtype."""
+    """`B_Cᵀ g B_K` in the gradient's precision: rounding what stands between the two products to bf16 would leak the strong
+    directions into the weak ones, and cost the digits task 3 % of its loss."""
     b_c, b_k = s.get("basis_left"), s.get("basis_right")
-    for b in (b_c, b_k):
-        g = g if b is None else g.to(b.dtype)
-    g = g if b_c is None else b_c.mT @ g
-    return g if b_k is None else g @ b_k
+    g = g if b_c is None else b_c.to(g.dtype).mT @ g
+    return g if b_k is None else g @ b_k.to(g.dtype)
 
 
 def _scaled(u: Tensor, group: Group, batch: Batch) -> Tensor:
