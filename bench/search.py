@@ -12,11 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spectral_ops.bench.methods import SPACE, method
 from spectral_ops.bench.tasks import TASKS
-from spectral_ops.bench.training import Run
+from spectral_ops.bench.training import Run, configure
 
 SEED = 0
 HEADER = ["task", "method", "seed", "options", "loss"]
@@ -72,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/search.csv"))
     options = parser.parse_args(argv)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    configure("cpu", None)
     print("chosen", json.dumps(search(TASKS[options.task](), options.method, options.out)))
 
 

@@ -194,6 +194,7 @@ class MatrixOptimizer(Optimizer):
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
         classes: dict[Any, list[Piece]] = {}
         elementwise = []
+        layout = self.layout(group)
         for i, p in enumerate(group["params"]):
             if p.grad is None or p.numel() == 0:
                 continue
@@ -202,7 +203,7 @@ class MatrixOptimizer(Optimizer):
                 elementwise.append(p)
                 continue
             for piece in pieces(p, group, first + i):
-                key = (number, self.layout(group), piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
+                key = (number, layout, piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
                 classes.setdefault(key, []).append(piece)
         return classes, elementwise
 

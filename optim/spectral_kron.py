@@ -257,7 +257,7 @@ def _paper(group: Group, batch: Batch) -> None:
         skew, diag_w[side], sq_norm = ops.gram_skew(x, d, inverse[other])
         step = beta2 / (2 * alpha * k)
         if group["cayley_order"] is None:
-            bases[side] = b @ ops.cayley(skew * step.to(skew.dtype)[:, None, None])
+            bases[side] = b.to(skew.dtype) @ ops.cayley(skew * step[:, None, None])
         else:
             step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(sq_norm.dtype).tiny))
             seeds = _seeds(s, side)

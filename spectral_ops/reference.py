@@ -114,13 +114,9 @@ def cayley_track(
     b32, x = raised(b), raised(x)
     x2 = x @ x
     step, norm = limited_step(x2, limit)
-    if order == 2:
-        # I + 2X + cX² has PPᵀ = I − (4 − 2c)(−X²) + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and tends to 2 with it.
-        c = 4 / (1 + torch.sqrt(1 - 4 * norm.square()))
-        p = add_diagonal(torch.addcmul(2 * block(step) * x, x2, block(c * step * step)), 1)
-    else:
-        p = polynomial(x, x2, step, order)
-    p = correct(p, b32)
+    # I + 2X + cX² has PPᵀ = I − (4 − 2c)X² + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and goes to 2 as `norm` to 0.
+    c = 4 / (1 + torch.sqrt(1 - 4 * norm.square())) if order == 2 else None
+    p = correct(polynomial(x, x2, step, order, c), b32)
     b_new = rounded(b32 @ p, b.dtype, seed)
     if residual is None:
         return b_new, d.clone(), None
@@ -144,11 +140,14 @@ def cayley(x: Tensor) -> Tensor:
     return torch.linalg.solve(eye - raised(x), eye + raised(x)).to(x.dtype).contiguous()
 
 
-def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int) -> Tensor:
-    """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet."""
+def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int, c: Tensor | None = None) -> Tensor:
+    """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet.
+
+    `c` is the coefficient of the square in order 2, one for each matrix; None: 2.
+    """
     s = block(step)
     if order == 2:
-        return add_diagonal(torch.addcmul(2 * s * x, x2, 2 * s * s), 1)
+        return add_diagonal(torch.addcmul(2 * s * x, x2, s * s * (2 if c is None else block(c))), 1)
     x, x2 = s * x, s * s * x2
     if order == 4:
         return torch.matmul(x2, add_diagonal(QUARTIC_A * x + QUARTIC_B * x2, 2)).add_(add_diagonal(2 * x, 1))

@@ -397,6 +397,7 @@ STATES = (
     ({"preconditioner_dtype": torch.float32}, torch.bfloat16),
     ({"update_scale": "graft", "carry_residual": False}, torch.float32),
     ({"rotation": "riemannian", "cayley_order": 4}, torch.bfloat16),
+    ({"rotation": "riemannian"}, torch.bfloat16),
     ({}, torch.float16),
     ({}, torch.float64),
 )
