@@ -1,7 +1,20 @@
-"""One thread and a fixed seed for every test: small work is ten times slower with more threads."""
+"""One thread and a fixed seed for every test, and what the tests of the kernels share.
+
+Kernels run in Triton's interpreter, on the CPU; Triton reads this variable when a kernel is defined.
+"""
+
+import importlib.util
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -9,3 +22,34 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN, so that an element no program wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def mutant(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
+    """A copy of a kernel's module with one piece of its text replaced, to show that a test notices."""
+
+    def make(module: ModuleType, old: str, new: str) -> ModuleType:
+        assert module.__file__
+        source = Path(module.__file__).read_text()
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__file__}"
+        path = tmp_path / f"{module.__name__.rpartition('.')[2]}_mutant.py"
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        return copy
+
+    return make
