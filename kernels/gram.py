@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectral_ops.kernels import tiles
 from spectral_ops.kernels.config import Config
-from spectral_ops.kernels.launch import cdiv, launch, precision
+from spectral_ops.kernels.launch import launch, lower_tiles, precision
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _gram(
     out += matrix * n * n
     if scale is not None:
         scale += matrix * k
-    w = alpha * tiles.weighted_gram(x, x_row, x_col, scale, 1, i, j, n, k, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
+    w = alpha * tiles.weighted_gram(x, x_row, x_col, scale, i, j, n, k, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
     if c is not None:
         w += beta * tiles.load_tile(c + matrix * n * n, i, j, n, n, BLOCK, BLOCK)
     if i == j:
@@ -33,12 +33,14 @@ def _gram(
         tiles.store_tile(out, tl.trans(w), j, i, n, n, BLOCK, BLOCK)
 
 
-def gram(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None, out: Tensor, config: Config) -> Tensor:
+def gram(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None, config: Config) -> Tensor:
+    """`x` is `(b, n, k)` of any strides, `scale` `(b, k)`, `c` `(b, n, n)`."""
     batch, n, k = x.shape
-    size = cdiv(n, config.block)
+    out = torch.empty((batch, n, n), dtype=x.dtype, device=x.device)
     launch(
-        _gram, batch * size * (size + 1) // 2, config,
-        x=x, x_batch=x.stride(0), x_row=x.stride(1), x_col=x.stride(2), scale=scale, c=c, out=out,
+        _gram, batch * lower_tiles(n, config.block), config,
+        x=x, x_batch=x.stride(0), x_row=x.stride(1), x_col=x.stride(2),
+        scale=None if scale is None else scale.contiguous(), c=None if c is None else c.contiguous(), out=out,
         alpha=alpha, beta=beta, n=n, k=k, BLOCK=config.block, BK=config.k, PRECISION=precision(x.dtype),
     )  # fmt: skip
     return out

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from spectral_ops.kernels.config import INTERPRETER, Config, choose_config
 
+Sides = tuple[Tensor | None, Tensor | None]  # of a Kronecker pair: left and right, None where a side has no matrix
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -62,8 +64,20 @@ def recording(*, run: bool = True, assume: tuple[int, int] | None = None) -> Ite
         _recorder, _assumed = before
 
 
+def sides(name: str, pair: Sides) -> dict[str, Tensor | None]:
+    """The two arguments `name0`, `name1`. A kernel never looks at a side that is left out, but its pointer has a type."""
+    left, right = pair
+    return {f"{name}0": right if left is None else left, f"{name}1": left if right is None else right}
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def lower_tiles(n: int, block: int) -> int:
+    """Tiles on and below the diagonal of an `n × n` matrix."""
+    size = cdiv(n, block)
+    return size * (size + 1) // 2
 
 
 def precision(dtype: torch.dtype) -> str:

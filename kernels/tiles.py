@@ -22,15 +22,19 @@ def triangle(t):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a @ b` in float32. A float32 `a` meets a 16-bit `b` as two halves, so that nothing of `a` is lost to rounding."""
+    """`acc + a @ b` in float32. A float32 operand meets a 16-bit one as two halves, so that next to nothing of it is lost."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == b.dtype:
         return tl.dot(a, b, acc, input_precision=PRECISION)
-    else:
+    elif a.dtype == tl.float32:
         high = a.to(b.dtype)
         acc = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, acc, input_precision="ieee")
         return tl.dot(high, b, acc, input_precision="ieee")
+    else:
+        high = b.to(a.dtype)
+        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc, input_precision="ieee")
+        return tl.dot(a, high, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -56,7 +60,7 @@ def product(
 
 @triton.jit
 def weighted_gram(
-    x, x_row, x_col, scale, scale_col, i, j, n, k,
+    x, x_row, x_col, scale, i, j, n, k,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tile `(i, j)` of `X Diag(scale) Xᵀ`, for `X` of `n × k`. The scale is applied on load; None: ones."""
@@ -70,7 +74,7 @@ def weighted_gram(
         ta = tl.load(pa, mask=mi[:, None] & mk[None, :], other=0.0)
         tb = tl.load(pb, mask=mk[:, None] & mj[None, :], other=0.0)
         if scale is not None:
-            s = tl.load(scale + (start + ok) * scale_col, mask=mk, other=0.0).to(tl.float32)
+            s = tl.load(scale + start + ok, mask=mk, other=0.0).to(tl.float32)
             scaled = ta.to(tl.float32) * s[None, :]
             ta = scaled if INTERPRETED else scaled.to(x.dtype.element_ty)
         acc = dot(ta, tb, acc, PRECISION)

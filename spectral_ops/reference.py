@@ -126,7 +126,9 @@ def cayley_track(
     t = 0.5 * (t + t.mT)
     d_new = t.diagonal(dim1=-2, dim2=-1).clone()
     t.diagonal(dim1=-2, dim2=-1).zero_()
-    return b_new, d_new, rounded(t, residual.dtype, None if seed is None else ~seed)
+    t = rounded(t, residual.dtype, None if seed is None else ~seed)
+    # The two halves are rounded by different random bits: the lower one counts.
+    return b_new, d_new, t if seed is None else t.tril(-1) + t.tril(-1).mT
 
 
 # --- Cayley -----------------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+
+from spectral_ops._library import KERNELS
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def kernels_on_cpu() -> Iterator[None]:
+    """The ops run their kernels, interpreted, also on CPU tensors."""
+    library = torch.library.Library("spectral_ops", "IMPL")
+    for name, kernel in KERNELS.items():
+        library.impl(name, kernel, "CPU")
+    yield
+    library._destroy()
 
 
 @pytest.fixture
