@@ -1,0 +1,612 @@
+"""Every operation that has kernels, once: its inputs, the launches, its meaning, the plain PyTorch composition, its cost.
+
+What compiles kernels ahead of time, checks them, times them and counts their work all go through `CASES`. A `run` may write
+into its arguments, as an optimizer's step does: give it a `fresh` copy where they are needed again.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_ops import reference
+from spectral_ops._library import KERNELS
+from spectral_ops.kernels import average, cayley, gram, rotate, skew, track
+from spectral_ops.kernels.config import Config
+from spectral_ops.kernels.launch import cdiv, pick
+
+Arguments = dict[str, Any]
+Results = dict[str, Tensor]
+TOL, EPSILON, LIMIT = 1e-6, 0.1, 0.42
+BLOCK = 64  # of the tiles that the costs are counted with
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Dtypes of the bases and of the gradient, and PyTorch's setting of float32 products."""
+
+    dtype: torch.dtype
+    gradient: torch.dtype
+    precision: str = "highest"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of an element of the bases and of the gradient."""
+        return self.dtype.itemsize, self.gradient.itemsize
+
+    @contextmanager
+    def setting(self) -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+OPERANDS = {
+    "bf16": Operands(torch.bfloat16, torch.bfloat16),
+    "split": Operands(torch.bfloat16, torch.float32),
+    "fp32": Operands(torch.float32, torch.float32),
+    "fp32 high": Operands(torch.float32, torch.float32, "high"),
+    "fp32 medium": Operands(torch.float32, torch.float32, "medium"),
+    "fp16": Operands(torch.float16, torch.float16),
+}
+SINGLE = ("fp32", "fp32 high", "fp32 medium")
+
+
+class Work(NamedTuple):
+    """Floating-point operations, and bytes of device memory read and written."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: int) -> "Work":
+        return Work(self.flops * count, self.bytes * count)
+
+
+def full(n: int, m: int, k: int) -> int:
+    """Operations of a product whose every tile is computed."""
+    return 2 * n * m * k
+
+
+def lower(n: int, k: int) -> int:
+    """Operations of a symmetric result: the tiles on and below its diagonal."""
+    return n * (n + min(BLOCK, n)) * k
+
+
+class Inputs:
+    """Random arguments, the same ones for the same seed. On the meta device only their shapes count."""
+
+    def __init__(self, device: str, seed: int = 0):
+        self.device = device
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=self.device, generator=self.generator).to(dtype)
+
+    def uniform(self, *shape: int, low: float = 0.5) -> Tensor:
+        return low + torch.rand(shape, device=self.device, generator=self.generator)
+
+    def seeds(self, batch: int) -> Tensor:
+        return torch.randint(2**62, (batch,), device=self.device, generator=self.generator)
+
+    def spectrum(self, batch: int, n: int) -> Tensor:
+        """Eigenvalues in a random order, each twice: gaps are 0 or far from every threshold."""
+        order = self.uniform(batch, n).argsort(-1)
+        return 0.5 + (order // 2) / cdiv(n, 2)
+
+    def orthogonal(self, batch: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Cosine transforms with random signs, off orthogonality by a little: dense, and cheap for any `n`."""
+        i = torch.arange(n, device=self.device, dtype=torch.float64)
+        b = math.sqrt(2 / n) * torch.cos(math.pi / n * i[:, None] * (i + 0.5))
+        b = b * torch.where(i == 0, math.sqrt(0.5), 1.0)[:, None]
+        signs = torch.where(self.normal(2, batch, n) < 0, -1.0, 1.0)
+        b = b.float() * signs[0].unsqueeze(-1) * signs[1].unsqueeze(-2)
+        return (b + 1e-3 / math.sqrt(n) * self.normal(batch, n, n)).to(dtype)
+
+    def skew(self, batch: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Skew, of spectral norm about 0.6."""
+        return reference.skew_from_lower(0.3 / math.sqrt(n) * self.normal(batch, n, n)).to(dtype)
+
+    def hollow(self, batch: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Symmetric with zeros on the diagonal, of spectral norm about 0.2."""
+        lower = (0.1 / math.sqrt(n) * self.normal(batch, n, n)).tril(-1)
+        return (lower + lower.mT).to(dtype)
+
+
+def fresh(arguments: Arguments) -> Arguments:
+    """A copy of the tensors, since `run` may write into them."""
+    return _mapped(arguments, torch.clone)
+
+
+def upcast(arguments: Arguments) -> Arguments:
+    return _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(x, change) for name, x in value.items()}
+    return tuple(_mapped(x, change) for x in value) if isinstance(value, tuple) else value
+
+
+class Case:
+    """An operation. Results are named; those in `symmetric` and `skew` are so bit for bit."""
+
+    name: str
+    operands: tuple[str, ...] = ("bf16", *SINGLE)
+    symmetric: tuple[str, ...] = ()
+    skew: tuple[str, ...] = ()
+
+    def arguments(self, n: int, m: int, batch: int, operands: Operands, device: str, seed: int = 0) -> Arguments:
+        return self.inputs(Inputs(device, seed), n, m, batch, operands)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        raise NotImplementedError
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        """The launches, with the table's tiles or with `config`."""
+        raise NotImplementedError
+
+    def eager(self, arguments: Arguments) -> Results:
+        """What one writes in PyTorch without this package, in the dtypes of the arguments."""
+        raise NotImplementedError
+
+    def reference(self, arguments: Arguments) -> Results:
+        """The meaning, in float64. Unless there is a definition in `spectral_ops.reference`: the composition."""
+        return self.eager(upcast(arguments))
+
+    def work(self, n: int, m: int, batch: int, operands: Operands) -> Work:
+        """What the kernels must do: each input of a launch read once, each result written once."""
+        return self.matrix_work(n, m, *operands.sizes).times(batch)
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        """`work` for one matrix, with bytes of an element of the bases and of the gradient."""
+        raise NotImplementedError
+
+
+# --- Gram matrices and generators ---------------------------------------------------------------------------------------
+
+
+class Gram(Case):
+    name, operands, symmetric = "gram", ("bf16", "fp16", *SINGLE), ("w",)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {"x": make.normal(batch, n, m, dtype=operands.dtype), "scale": make.uniform(batch, m)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return {"w": gram.gram(arguments["x"], arguments["scale"], 1.0, 0.0, None, _tile("gram", arguments["x"], config))}
+
+    def eager(self, arguments: Arguments) -> Results:
+        w = _weighted(arguments["x"], arguments["scale"])
+        return {"w": 0.5 * (w + w.mT)}
+
+    def reference(self, arguments: Arguments) -> Results:
+        a = upcast(arguments)
+        return {"w": reference.gram(a["x"], a["scale"], 1.0, 0.0, None)}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(lower(n, m), size * (n * m + n * n) + 4 * m)
+
+
+class GramSkew(Case):
+    """The U build."""
+
+    name, operands, skew = "gram_skew", ("bf16", "fp16", *SINGLE), ("u",)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        x = make.normal(batch, n, m, dtype=operands.dtype) / math.sqrt(m)
+        return {"x": x, "d": make.spectrum(batch, n), "scale": make.uniform(batch, m)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        x, d, scale = arguments.values()
+        u, diag_w, squares = skew.gram_skew(x, d, scale, TOL, _tile("gram_skew", x, config))
+        return {"u": u, "diag_w": diag_w, "squares": squares}
+
+    def eager(self, arguments: Arguments) -> Results:
+        x, d, scale = arguments.values()
+        w = _weighted(x, scale)
+        u = _divided(w, d)
+        return {"u": u, "diag_w": w.diagonal(dim1=-2, dim2=-1).clone(), "squares": u.square().sum((-2, -1))}
+
+    def reference(self, arguments: Arguments) -> Results:
+        return dict(zip(("u", "diag_w", "squares"), reference.gram_skew(**upcast(arguments), tol=TOL), strict=True))
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(lower(n, m), size * (n * m + n * n) + 4 * (m + 2 * n))
+
+
+class SkewGenerator(Case):
+    name, operands, skew = "skew_generator", ("bf16", "fp16", "fp32"), ("u",)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {"w": make.normal(batch, n, n, dtype=operands.dtype), "d": make.spectrum(batch, n)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return {"u": skew.skew_generator(**arguments, tol=TOL)}
+
+    def eager(self, arguments: Arguments) -> Results:
+        return {"u": _divided(**arguments)}
+
+    def reference(self, arguments: Arguments) -> Results:
+        return {"u": reference.skew_generator(**upcast(arguments), tol=TOL)}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(4 * n * n, size * 3 * n * n // 2 + 4 * n)  # the lower half is read
+
+
+class Track(Case):
+    """The U build of the tracking rotation: new curvature is averaged into the residual, which gives the generator."""
+
+    def __init__(self, both: bool):
+        self.both = both
+        self.name = "gram_track_both" if both else "gram_track"
+        self.count = 1 + both
+        self.skew = tuple(f"x{side}" for side in range(self.count))
+        self.symmetric = tuple(f"r{side}" for side in range(self.count))
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {
+            "x": make.normal(batch, n, m, dtype=operands.dtype),
+            "weight": self._pair(make.uniform(batch, m) / m, make.uniform(batch, n) / n),
+            "diag": self._pair(make.spectrum(batch, n), make.spectrum(batch, m)),
+            "old": self._pair(make.hollow(batch, n, operands.dtype), make.hollow(batch, m, operands.dtype)),
+            "keep": make.uniform(batch, 2),
+        }
+
+    def _pair(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
+        return left, right if self.both else None
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        x, weight, diag, old, keep = arguments.values()
+        new = tuple(None if r is None else torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in old)
+        tile = _tile("track", x.mT if self.both and x.shape[1] < x.shape[2] else x, config)
+        out = track.track(x, weight, diag, old, new, keep, None, EPSILON, x.dtype, tile)
+        return _sided(x=out, r=new)
+
+    def eager(self, arguments: Arguments) -> Results:
+        x, weight, diag, old, keep = arguments.values()
+        results = {}
+        for side in range(self.count):
+            t = _weighted(x if side == 0 else x.mT, weight[side]) + keep[:, side, None, None].to(x.dtype) * old[side]
+            d = diag[side]
+            gap = d.unsqueeze(-1) - d.unsqueeze(-2)
+            width = EPSILON * (d.unsqueeze(-1) + d.unsqueeze(-2))
+            generator = (-0.5 * t * gap / (gap.square() + width.square())).tril(-1)
+            results[f"x{side}"] = (generator - generator.mT).to(x.dtype)
+            t = t.tril(-1)
+            results[f"r{side}"] = t + t.mT
+        return results
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        sides = [(n, m), (m, n)][: self.count]
+        squares = sum(5 * a * a // 2 for a, _ in sides)  # the lower half of the old residual, both halves of the results
+        return Work(sum(lower(a, k) for a, k in sides), size * (n * m + squares) + 4 * sum(a + k for a, k in sides))
+
+
+# --- The Cayley chain ---------------------------------------------------------------------------------------------------
+
+
+class CayleyUpdate(Case):
+    """`B ← B P(step · X) − ½ B (BᵀB − I)` in order 8."""
+
+    name = "cayley_update"
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        b, x = make.orthogonal(batch, n, operands.dtype), make.skew(batch, n, operands.dtype)
+        return {"b": b, "x": x, "step": make.uniform(batch), "seed": make.seeds(batch)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        b, x, step, seed = arguments.values()
+        seeds = (seed, None) if b.dtype == torch.bfloat16 else (None, None)
+        f = cayley.generator_map((b, None), (x, None), 8, step=step, config=config)
+        (out, _), _ = cayley.turn((b, None), f, seed=seeds, config=config)
+        assert out is not None
+        return {"b": out}
+
+    def eager(self, arguments: Arguments) -> Results:
+        b, x, step, _ = arguments.values()
+        x = step[:, None, None].to(x.dtype) * x
+        x2 = x @ x
+        y = b
+        for power in (x, x, x2, x2 @ x2):
+            y = y + y @ power
+        return {"b": y - 0.5 * (b @ (b.mT @ b) - b)}
+
+    def reference(self, arguments: Arguments) -> Results:
+        b, x, step, _ = upcast(arguments).values()
+        return {"b": reference.cayley_update(b, x, step, 8, True, None)}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return _map_work(n, 8, size) + Work(full(n, n, n), size * 3 * n * n)
+
+
+class CayleyTrack(Case):
+    """Limited generators turn both bases and their residuals."""
+
+    symmetric = ("r0", "r1")
+
+    def __init__(self, order: int):
+        self.order = order
+        self.name = f"cayley_track_{order}"
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {
+            "b": tuple(make.orthogonal(batch, size, operands.dtype) for size in (n, m)),
+            "x": tuple(make.skew(batch, size, operands.dtype) for size in (n, m)),
+            "diag": tuple(make.spectrum(batch, size) for size in (n, m)),
+            "residual": tuple(make.hollow(batch, size, operands.dtype) for size in (n, m)),
+            "seed": tuple(make.seeds(batch) for _ in (n, m)),
+        }
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        b, x, diag, residual, seed = arguments.values()
+        if b[0].dtype != torch.bfloat16:
+            seed = (None, None)
+        f = cayley.generator_map(b, x, self.order, limit=LIMIT, config=config)
+        turned, v = cayley.turn(b, f, residual=residual, diag=diag, seed=seed, config=config)
+        d, r = (tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in pair) for pair in (diag, residual))
+        cayley.conjugate(f, v, diag, d, r, seed=seed, config=config)
+        return _sided(b=turned, d=d, r=r)
+
+    def eager(self, arguments: Arguments) -> Results:
+        results = {}
+        for side, (b, x, d, residual, _) in enumerate(zip(*arguments.values(), strict=True)):
+            x2 = x @ x
+            sigma = (torch.linalg.vector_norm(x2, dim=(-2, -1)) / math.sqrt(2)).sqrt()
+            step = (LIMIT / sigma).clamp(max=1)
+            s = step[:, None, None]
+            x, x2 = (s * x).to(x.dtype), (s * s * x2).to(x.dtype)
+            if self.order == 2:
+                c = 4 / (1 + torch.sqrt(1 - 4 * (step * sigma).square()))
+                f = (2 * x + c[:, None, None] * x2).to(x.dtype)
+            elif self.order == 4:
+                f = 2 * x + 2 * x2 + x2 @ (reference.QUARTIC_A * x + reference.QUARTIC_B * x2)
+            else:
+                f = 2 * x + x2
+                for power in (x2, x2 @ x2):
+                    f = f + power + f @ power
+            f = f - 0.5 * reference.add_diagonal(b.mT @ b, -1)
+            t = residual + torch.diag_embed(d).to(x.dtype)
+            t = t + t @ f
+            t = t + f.mT @ t
+            t = 0.5 * (t + t.mT)
+            results[f"b{side}"] = b + b @ f
+            results[f"d{side}"] = t.diagonal(dim1=-2, dim2=-1).to(d.dtype)
+            results[f"r{side}"] = t - torch.diag_embed(t.diagonal(dim1=-2, dim2=-1))
+        return results
+
+    def reference(self, arguments: Arguments) -> Results:
+        results = {}
+        for side, (b, x, d, residual, _) in enumerate(zip(*upcast(arguments).values(), strict=True)):
+            turned = reference.cayley_track(b, x, d, residual, LIMIT, self.order, None)
+            results |= {f"{name}{side}": value for name, value in zip("bdr", turned, strict=True) if value is not None}
+        return results
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return self._side_work(n, size) + self._side_work(m, size)
+
+    def _side_work(self, n: int, size: int) -> Work:
+        turn = Work(2 * full(n, n, n), size * 5 * n * n)
+        conjugate = Work(lower(n, n), size * 3 * n * n + 8 * n)
+        return _map_work(n, self.order, size) + turn + conjugate
+
+
+def _map_work(n: int, order: int, size: int) -> Work:
+    """Of `generator_map` with its correction, for one matrix; the lower halves of `X²`, `X⁴` and so on are read elementwise."""
+    matrix = size * n * n
+    square, map2 = Work(lower(n, n), 2 * matrix), Work(lower(n, n), 4 * matrix)
+    finish = Work(full(n, n, n), 4 * matrix)
+    if order == 2:
+        return square + map2
+    if order == 4:
+        return square + map2 + Work(0, matrix) + finish
+    even = Work(lower(n, n), 3 * matrix)
+    return square.times(2) + even + map2 + Work(0, 2 * matrix) + finish
+
+
+# --- Into the bases and back --------------------------------------------------------------------------------------------
+
+
+class Rotate(Case):
+    """`B_Cᵀ G B_K` and its weighted sums of squares."""
+
+    name, operands = "rotate", ("bf16", "split", *SINGLE)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {
+            "g": make.normal(batch, n, m, dtype=operands.gradient),
+            "b_c": make.orthogonal(batch, n, operands.dtype),
+            "d_c": make.spectrum(batch, n),
+            "b_k": make.orthogonal(batch, m, operands.dtype),
+            "d_k": make.spectrum(batch, m),
+        }
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        x, rows, cols, squares = rotate.rotate(**arguments, config=config)
+        # As `average` reads them: the parts are added up there.
+        return {"x": x, "rows": rows.sum(1), "cols": cols.sum(1), "squares": squares.sum(1)}
+
+    def eager(self, arguments: Arguments) -> Results:
+        g, b_c, d_c, b_k, d_k = arguments.values()
+        x = b_c.mT @ g.to(b_c.dtype) @ b_k
+        square = x.to(reference.accumulation_dtype(x.dtype)).square()
+        rows, cols = square / d_k.unsqueeze(-2), square / d_c.unsqueeze(-1)
+        return {"x": x, "rows": rows.sum(-1), "cols": cols.sum(-2), "squares": square.sum((-2, -1))}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return _both_products(n, m, size, gradient, size)
+
+
+class ApplyRoot(Case):
+    name, operands = "apply_root", ("bf16", "split", *SINGLE)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return ROTATE.inputs(make, n, m, batch, operands) | {"alpha": make.uniform(batch)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        out, squares = rotate.apply_root(**arguments, root=2.0, config=config)
+        return {"out": out, "squares": squares.sum(1)}
+
+    def eager(self, arguments: Arguments) -> Results:
+        g, b_c, d_c, b_k, d_k, alpha = arguments.values()
+        x = b_c.mT @ g.to(b_c.dtype) @ b_k
+        weight = (alpha[:, None, None] * d_c.unsqueeze(-1) * d_k.unsqueeze(-2)).rsqrt()
+        out = (b_c @ (x * weight).to(b_c.dtype) @ b_k.mT).to(g.dtype)
+        return {"out": out, "squares": out.to(reference.accumulation_dtype(out.dtype)).square().sum((-2, -1))}
+
+    def reference(self, arguments: Arguments) -> Results:
+        out, _ = reference.apply_root(**upcast(arguments), root=2.0)
+        return {"out": out, "squares": out.square().sum((-2, -1))}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        there = _both_products(n, m, size, gradient, size)
+        back = Work(there.flops, size * (n * n + m * m + 3 * n * m) + gradient * n * m)
+        return there + back
+
+
+def _both_products(n: int, m: int, size: int, gradient: int, out: int) -> Work:
+    """Of `B_Cᵀ G B_K`, with float32 between the two products."""
+    bytes_ = size * (n * n + m * m) + (gradient + 4 + 4 + out) * n * m + 8 * (n + m)
+    return Work(full(n, m, n) + full(n, m, m), bytes_)
+
+
+class Average(Case):
+    """The eigenvalues of both sides. Advances its arguments in place."""
+
+    name, operands = "average", ("fp32",)
+    settings = {"beta": 0.5, "damping": 1e-3, "relative_floor": 1e-6}  # noqa: RUF012
+    streams = (2**60 + 1, 2**61 + 1)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        down, across = cdiv(n, BLOCK), cdiv(m, BLOCK)
+        updates = torch.arange(batch, device=make.device, dtype=torch.float32) % 4
+        return {
+            "rows": make.uniform(batch, across, n) * m / across,
+            "cols": make.uniform(batch, down, m) * n / down,
+            "squares": make.uniform(batch, down * across) * n * m / down / across,
+            "d_c": make.spectrum(batch, n), "d_k": make.spectrum(batch, m), "scale": make.uniform(batch),
+            "step": 3 + updates, "updates": updates, "seed": make.seeds(batch),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        rows, cols, squares, *state = arguments.values()
+        result = average.average((rows, cols, squares), *state, **self.settings, streams=self.streams)
+        changed = {name: arguments[name] for name in ("d_c", "d_k", "scale", "step", "updates")}
+        return changed | {name: value for name, value in result._asdict().items() if value is not None}
+
+    def eager(self, arguments: Arguments) -> Results:
+        rows, cols, squares, d_c, d_k, scale, step, updates, seed = arguments.values()
+        n, m = d_c.shape[-1], d_k.shape[-1]
+        square = squares.sum(-1)
+        finite = square.isfinite()
+        usable = finite & (square > 0)
+        updates = updates + usable
+        alpha = torch.where(usable & (updates <= 1), square / (n * m), scale)
+        beta = (1 / (updates + 1)).clamp(min=self.settings["beta"])
+        diag, keep, floor, logs = [], [], [], []
+        for parts, d, other in ((rows, d_c, d_k), (cols, d_k, d_c)):
+            new = parts.sum(1) / (alpha * other.shape[-1])[:, None]
+            new = new + (self.settings["damping"] * other.reciprocal().mean(-1) / alpha)[:, None]
+            new = torch.where(usable[:, None], torch.lerp(d, new, beta[:, None]), d)
+            log = new.log().mean(-1)
+            shrink = torch.where(usable, torch.exp(-log), 1)
+            diag.append(new * shrink[:, None])
+            keep.append((1 - beta) * shrink)
+            floor.append(torch.where(usable, self.settings["relative_floor"] * diag[-1].amax(-1), 0))
+            logs.append(log)
+        shrinks = [k / (1 - beta) for k in keep]
+        first = seed + updates.long() * self.streams[0]
+        return {
+            "d_c": diag[0].maximum(floor[0][:, None]), "d_k": diag[1].maximum(floor[1][:, None]),
+            "scale": torch.where(usable, alpha * torch.exp(0.5 * (logs[0] + logs[1])), alpha),
+            "step": step + finite, "updates": updates, "diag_c": diag[0], "diag_k": diag[1],
+            "weight_c": (beta * shrinks[0] / (alpha * m))[:, None] / d_k,
+            "weight_k": (beta * shrinks[1] / (alpha * n))[:, None] / d_c,
+            "keep": torch.stack(keep, -1), "floor": torch.stack(floor, -1), "usable": usable, "finite": finite,
+            "seeds": torch.stack((first, first + self.streams[1])),
+        }  # fmt: skip
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        down, across = cdiv(n, BLOCK), cdiv(m, BLOCK)
+        read, written = across * n + down * m + down * across + n + m, 3 * (n + m)
+        return Work(read + 10 * (n + m), 4 * (read + written))
+
+
+class KronTrack(Case):
+    """A gradient enters the curvature and turns both bases: the launches of one optimizer step, in place."""
+
+    name, operands, symmetric = "kron_track", ("bf16", "split", "fp32"), ("residual_c", "residual_k")
+    settings = (0.5, 0.0, EPSILON, LIMIT, 2)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        updates = 3 + torch.arange(batch, device=make.device, dtype=torch.float32)
+        return {
+            "g": make.normal(batch, n, m, dtype=operands.gradient),
+            "basis_c": make.orthogonal(batch, n, operands.dtype), "basis_k": make.orthogonal(batch, m, operands.dtype),
+            "residual_c": make.hollow(batch, n, operands.dtype), "residual_k": make.hollow(batch, m, operands.dtype),
+            "d_c": make.spectrum(batch, n), "d_k": make.spectrum(batch, m), "scale": make.uniform(batch),
+            "step": updates + 1, "updates": updates, "seed": make.seeds(batch),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return self._results(KERNELS["kron_track"], arguments)
+
+    def eager(self, arguments: Arguments) -> Results:
+        return self._results(reference.kron_track, fresh(arguments))
+
+    def _results(self, op: Callable[..., Tensor], arguments: Arguments) -> Results:
+        if arguments["basis_c"].dtype != torch.bfloat16:
+            arguments = arguments | {"seed": None}
+        finite = op(*arguments.values(), *self.settings)
+        return {name: x for name, x in arguments.items() if name not in ("g", "seed")} | {"finite": finite}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        move = Work(0, size * 2 * (n * n + m * m))  # of the turned bases to their place
+        pieces = (ROTATE, AVERAGE, CASES["gram_track_both"], CASES["cayley_track_2"])
+        return sum((case.matrix_work(n, m, size, gradient) for case in pieces), move)
+
+
+# --- Shared --------------------------------------------------------------------------------------------------------------
+
+
+def _tile(op: str, x: Tensor, config: Config | None) -> Config:
+    """The table's tile for a Gram matrix of `x`, as the op layer asks for it."""
+    batch, n, k = x.shape
+    tile = config or pick(op, n, k, batch, x)
+    assert tile is not None, f"the table leaves {op} to PyTorch"
+    return tile
+
+
+def _sided(**pairs: Any) -> Results:
+    return {f"{name}{side}": x for name, pair in pairs.items() for side, x in enumerate(pair) if x is not None}
+
+
+def _weighted(x: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale.unsqueeze(-2).to(x.dtype)) @ x.mT
+
+
+def _divided(w: Tensor, d: Tensor) -> Tensor:
+    gap = d.unsqueeze(-1) - d.unsqueeze(-2)
+    near = gap.abs() <= TOL * torch.maximum(d.unsqueeze(-1), d.unsqueeze(-2))
+    u = (-w / gap).masked_fill(near, 0).tril(-1)
+    return (u - u.mT).to(w.dtype)
+
+
+ROTATE, AVERAGE = Rotate(), Average()
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Gram(), GramSkew(), SkewGenerator(), Track(both=False), Track(both=True), CayleyUpdate(),
+        *(CayleyTrack(order) for order in (2, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(),
+    )
+}  # fmt: skip
