@@ -35,7 +35,7 @@ def _averaged(parts, count, d, diag, n, share, damping, beta, ok, BLOCK: tl.cons
         o = start + tl.arange(0, BLOCK)
         inside = o < n
         w = tl.zeros((BLOCK,), tl.float32)
-        for part in range(0, count):
+        for part in range(count):
             w += tl.load(parts + part * n + o, mask=inside, other=0.0)
         old = tl.load(d + o, mask=inside, other=1.0)
         new = tl.where(ok, old + beta * (share * w + damping - old), old)
@@ -47,7 +47,7 @@ def _averaged(parts, count, d, diag, n, share, damping, beta, ok, BLOCK: tl.cons
 
 @triton.jit
 def _divided(diag, d, weight, n, shrink, coefficient, floor, BLOCK: tl.constexpr):
-    """Divide the new diagonal; write the eigenvalues, and before that the weights that the other side takes from the old ones."""
+    """Divide the new diagonal and write the eigenvalues, but first the weights that the other side takes from the old ones."""
     for start in range(0, n, BLOCK):
         o = start + tl.arange(0, BLOCK)
         inside = o < n

@@ -163,7 +163,7 @@ def _turn(
     b0, b1, r0, r1, f0, f1, diag0, diag1, out0, out1, v0, v1, seed0, seed1, n, m, count0, count1,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`B + B F`, rounded stochastically if there are seeds, and `V = R + Diag(d) F + R F`, so that `T (I + F) = Diag(d) + V`."""
+    """`B + B F`, rounded stochastically if there are seeds, and `V = R + Diag(d) F + R F`: `T (I + F) = Diag(d) + V`."""
     if r0 is None:
         matrix, right, t, size = _side(count0, count1, n, m)
         carried = False
@@ -182,7 +182,7 @@ def _turn(
         out = tl.where(carried, tl.where(right, v1, v0) + start, out)
     w = tiles.product(b, size, 1, f, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
     w += tiles.load_tile(b, i, j, size, size, BLOCK, BLOCK)
-    if r0 is not None:
+    if r0 is not None:  # noqa: SIM102 (decided when the kernel is compiled, the inner one when it runs)
         if carried:
             diag = tl.where(right, diag1, diag0) + matrix * size
             w += tiles.load_vector(diag, i, size, BLOCK)[:, None] * tiles.load_tile(f, i, j, size, size, BLOCK, BLOCK)

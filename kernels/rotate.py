@@ -1,6 +1,6 @@
 """Into the bases and back: products whose epilogues weigh with eigenvalues and add up squares.
 
-Between the two products of `B_Cᵀ G B_K` nothing is rounded to 16 bits: that would leak the strong directions into the weak ones.
+Between the two products of `B_Cᵀ G B_K` nothing is rounded to 16 bits: strong directions would leak into weak ones.
 """
 
 import torch

@@ -76,8 +76,8 @@ def track(
     """The generators of both sides; `new` residuals are written, in place if they are the `old` ones.
 
     `x` is `(b, n, m)` of any strides; for each side `weight` are the coefficients of the gradient's columns (rows), float32
-    with all factors folded in, `diag` the new diagonals, `keep` `(b, 2)` the factors of the old residuals. A side whose `diag` is
-    None is left out. `usable` `(b,)`: elsewhere the residual stays and the generator is 0.
+    with all factors folded in, `diag` the new diagonals, `keep` `(b, 2)` the factors of the old residuals. A side whose
+    `diag` is None is left out. `usable` `(b,)`: elsewhere the residual stays and the generator is 0.
     """
     batch, n, m = x.shape
     sizes = n, m

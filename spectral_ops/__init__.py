@@ -7,6 +7,7 @@ optimizers built on them are in `spectral_ops.optim`.
 from spectral_ops.cayley import cayley, cayley_truncated, cayley_update
 from spectral_ops.factor import factor_update
 from spectral_ops.gram import gram
+from spectral_ops.kron import kron_track
 from spectral_ops.root import apply_root
 from spectral_ops.rounding import stochastic_round
 from spectral_ops.skew import gram_skew, skew_generator
@@ -25,6 +26,7 @@ __all__ = [
     "gram",
     "gram_skew",
     "gram_track",
+    "kron_track",
     "skew_generator",
     "spectrum_update",
     "stochastic_round",

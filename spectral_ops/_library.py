@@ -5,7 +5,8 @@ The low-level `Library` interface costs 2 µs a call where `torch.library.custom
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ Function = Callable[..., Any]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What runs on a GPU, by the name of the op. Importing it imports Triton: each function does that in its first call.
 KERNELS: dict[str, Function] = {}
+_use_kernels = True
 
 _library = torch.library.Library("spectral_ops", "DEF")
 
@@ -38,11 +40,22 @@ def define(schema: str, implementation: Function, fake: Function, kernel: Functi
     return getattr(torch.ops.spectral_ops, name).default
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Every op takes its plain PyTorch implementation, also on a GPU: to measure the kernels against it."""
+    global _use_kernels
+    before, _use_kernels = _use_kernels, False
+    try:
+        yield
+    finally:
+        _use_kernels = before
+
+
 def _with_fallback(kernel: Function, implementation: Function) -> Function:
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
         first = _first_tensor(args)
-        if first.dtype == torch.float64:
+        if first.dtype == torch.float64 or not _use_kernels:
             return implementation(*args)
         with torch.cuda.device_of(first):
             result = kernel(*args)

@@ -1,9 +1,11 @@
 """Cayley maps: exact, truncated, and the update of an orthogonal basis."""
 
+import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, numbers
 from spectral_ops._library import define
 
 ORDERS = (2, 4, 8)
@@ -14,12 +16,30 @@ def _like_x(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _update_kernel(b: Tensor, x: Tensor, step: Tensor, order: int, correct: bool, seed: Tensor | None) -> Tensor:
+    from spectral_ops.kernels import cayley, launch
+
+    batch, n = b.shape[:-2], b.shape[-1]
+    if b.dtype == torch.float16:  # powers of an unscaled generator may leave its range
+        return _update_kernel(b.float(), x.float(), step, order, correct, seed).to(b.dtype)
+    b3, x3 = matrices(b).contiguous(), matrices(x).to(b.dtype).contiguous()
+    if launch.pick("turn", n, n, len(b3), b) is None:
+        return NotImplemented
+    none: launch.Sides = (None, None)
+    seeds = none if seed is None or b.dtype != torch.bfloat16 else (numbers(seed, batch), None)
+    f = cayley.generator_map((b3, None), (x3, None), order, step=numbers(step, batch), correct=correct)
+    (out, _), _ = cayley.turn((b3, None), f, seed=seeds)
+    assert out is not None
+    return out.view(b.shape)
+
+
 _cayley = define("cayley(Tensor x) -> Tensor", reference.cayley, _like_x)
 _cayley_truncated = define("cayley_truncated(Tensor x, int order) -> Tensor", reference.cayley_truncated, _like_x)
 _cayley_update = define(
     "cayley_update(Tensor b, Tensor x, Tensor step, int order, bool correct, Tensor? seed) -> Tensor",
     reference.cayley_update,
     _like_x,
+    _update_kernel,
 )
 
 

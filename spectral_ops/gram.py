@@ -4,6 +4,7 @@ from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, vectors
 from spectral_ops._library import define
 
 
@@ -11,7 +12,20 @@ def _fake(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor 
     return x.new_empty((*x.shape[:-1], x.shape[-2]))
 
 
-_gram = define("gram(Tensor x, Tensor? scale, float alpha, float beta, Tensor? c) -> Tensor", reference.gram, _fake)
+def _kernel(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None) -> Tensor:
+    from spectral_ops.kernels import gram, launch
+
+    x3 = matrices(x)
+    config = launch.pick("gram", x.shape[-2], x.shape[-1], len(x3), x)
+    if config is None:
+        return NotImplemented
+    s, c3 = None if scale is None else vectors(scale), None if c is None else matrices(c)
+    return gram.gram(x3, s, alpha, beta, c3, config).view(*x.shape[:-1], x.shape[-2])
+
+
+_gram = define(
+    "gram(Tensor x, Tensor? scale, float alpha, float beta, Tensor? c) -> Tensor", reference.gram, _fake, _kernel
+)
 
 
 def gram(x: Tensor, scale: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None) -> Tensor:

@@ -75,16 +75,23 @@ def gram_skew(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> tuple[T
 # --- tracking ---------------------------------------------------------------------------------------------------------
 
 
-def gram_track(
-    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    dtype, x = x.dtype, raised(x)
-    # The new diagonal is a row reduction, so it and the divisor are known before the product.
+def tracked_diagonal(
+    x: Tensor, d: Tensor, scale: Tensor, beta: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new diagonal of `T`, divided by its geometric mean; one over that mean; its logarithm. A row reduction: known before
+    the product."""
     n = (x.square() @ scale.to(x.dtype).unsqueeze(-1)).squeeze(-1) + column(damping)
     n = torch.lerp(d.to(x.dtype), n, column(beta))
     log_mean = n.log().mean(-1)
     shrink = torch.exp(-log_mean)
-    n = n * column(shrink)
+    return n * column(shrink), shrink, log_mean
+
+
+def gram_track(
+    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    dtype, x = x.dtype, raised(x)
+    n, shrink, log_mean = tracked_diagonal(x, d, scale, beta, damping)
     weighted = x * (column(beta * shrink) * scale).to(x.dtype).unsqueeze(-2)
     t = weighted @ x.mT
     if residual is not None:
@@ -129,6 +136,70 @@ def cayley_track(
     t = rounded(t, residual.dtype, None if seed is None else ~seed)
     # The two halves are rounded by different random bits: the lower one counts.
     return b_new, d_new, t if seed is None else t.tril(-1) + t.tril(-1).mT
+
+
+RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
+STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
+
+
+def kron_track(
+    g: Tensor,
+    basis_c: Tensor | None,
+    basis_k: Tensor | None,
+    residual_c: Tensor | None,
+    residual_k: Tensor | None,
+    d_c: Tensor,
+    d_k: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    updates: Tensor,
+    seed: Tensor | None,
+    beta: float,
+    damping: float,
+    epsilon: float,
+    limit: float,
+    order: int,
+) -> Tensor:
+    g = raised(g)
+    n, m = g.shape[-2:]
+    mean_square = g.square().mean((-2, -1))
+    finite = mean_square.isfinite()
+    usable = finite & (mean_square > 0)
+    step += finite
+    updates += usable
+    # The scale starts at the first gradient's, and a warm average keeps the identity start from lingering.
+    alpha = torch.where((updates <= 1) & usable, mean_square, scale)
+    share = (updates + 1).reciprocal().clamp(min=beta)
+    seeds = None if seed is None else seed + updates.long() * STREAM_STEP
+    x = rotate(torch.where(block(usable), g, 0), basis_c, basis_k)
+    inverse_c, inverse_k = d_c.reciprocal(), d_k.reciprocal()
+
+    def side(
+        x: Tensor, d: Tensor, b: Tensor | None, r: Tensor | None, other: Tensor, k: int, seeds: Tensor | None
+    ) -> Tensor:
+        weight, damp = other / column(alpha * k), damping * other.mean(-1) / alpha
+        if b is None:
+            new, _, log_mean = tracked_diagonal(x, d, weight, share, damp)
+            floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
+        else:
+            generator, new, r_new, log_mean = gram_track(x, d, r, weight, share, damp, epsilon)
+            floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
+            b_new, new, r_new = cayley_track(b, generator, new, r_new, limit, order, seeds)
+            keep(usable, b, b_new)
+            if r is not None and r_new is not None:
+                keep(usable, r, r_new)
+        keep(usable, d, new.clamp(min=floor))
+        return log_mean
+
+    log_c = side(x, d_c, basis_c, residual_c, inverse_k, m, seeds)
+    log_k = side(x.mT, d_k, basis_k, residual_k, inverse_c, n, None if seeds is None else seeds + STREAM_SIDE)
+    keep(usable, scale, alpha * torch.exp((log_c + log_k) / 2))
+    return finite
+
+
+def keep(mask: Tensor, old: Tensor, new: Tensor) -> None:
+    """Write `new` over `old` for the matrices in the mask."""
+    torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old, out=old)
 
 
 # --- Cayley -----------------------------------------------------------------------------------------------------------
@@ -209,17 +280,23 @@ def spectrum_update(
     return new_c.to(dtypes[0]), new_k.to(dtypes[1]), new_alpha.to(dtypes[2])
 
 
+def rotate(g: Tensor, b_c: Tensor | None, b_k: Tensor | None) -> Tensor:
+    """`B_Cᵀ g B_K` in float32 (float64): rounding what stands between the two products to bf16 would leak the strong
+    directions into the weak ones, and cost the digits task 3 % of its loss."""
+    g = raised(g)
+    g = g if b_c is None else raised(b_c).mT @ g
+    return g if b_k is None else g @ raised(b_k)
+
+
 def apply_root(
     g: Tensor, b_c: Tensor | None, d_c: Tensor, b_k: Tensor | None, d_k: Tensor, alpha: Tensor, root: float
-) -> Tensor:
-    x = raised(g)
-    x = x if b_c is None else raised(b_c).mT @ x
-    x = x if b_k is None else x @ raised(b_k)
+) -> tuple[Tensor, Tensor]:
+    x = rotate(g, b_c, b_k)
     left = raised(d_c).pow(-1 / root) * column(raised(alpha).pow(-1 / root))
     x = x * left.unsqueeze(-1) * raised(d_k).pow(-1 / root).unsqueeze(-2)
     x = x if b_c is None else raised(b_c) @ x
     x = x if b_k is None else x @ raised(b_k).mT
-    return x.to(g.dtype)
+    return x.to(g.dtype), x.square().sum((-2, -1)).unsqueeze(-1)
 
 
 # --- factor and rounding ----------------------------------------------------------------------------------------------

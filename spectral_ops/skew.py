@@ -5,6 +5,7 @@ from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, vectors
 from spectral_ops._library import define
 
 
@@ -25,11 +26,34 @@ def _gram_skew_fake(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> t
     )
 
 
-_skew_generator = define("skew_generator(Tensor w, Tensor d, float tol) -> Tensor", _skew_generator_impl, _skew_generator_fake)
+def _skew_generator_kernel(w: Tensor, d: Tensor, tol: float) -> Tensor:
+    from spectral_ops.kernels import skew
+
+    return skew.skew_generator(matrices(w), vectors(d), tol).view(w.shape)
+
+
+def _gram_skew_kernel(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    from spectral_ops.kernels import launch, skew
+
+    x3 = matrices(x)
+    config = launch.pick("gram_skew", x.shape[-2], x.shape[-1], len(x3), x)
+    if config is None:
+        return NotImplemented
+    out, diag_w, sq_norm = skew.gram_skew(x3, vectors(d), None if scale is None else vectors(scale), tol, config)
+    return out.view(*x.shape[:-1], x.shape[-2]), diag_w.view(x.shape[:-1]), sq_norm.view(x.shape[:-2])
+
+
+_skew_generator = define(
+    "skew_generator(Tensor w, Tensor d, float tol) -> Tensor",
+    _skew_generator_impl,
+    _skew_generator_fake,
+    _skew_generator_kernel,
+)
 _gram_skew = define(
     "gram_skew(Tensor x, Tensor d, Tensor? scale, float tol) -> (Tensor, Tensor, Tensor)",
     reference.gram_skew,
     _gram_skew_fake,
+    _gram_skew_kernel,
 )
 
 

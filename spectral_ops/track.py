@@ -5,10 +5,12 @@ residual `R` of zero diagonal, so that `S` is the exact moving average of the cu
 eigenbasis. Without a residual `T` is cut to its diagonal after every update.
 """
 
+import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, numbers, vectors
 from spectral_ops._library import define
 
 
@@ -22,6 +24,28 @@ def _gram_track_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator, d, new, log_mean = reference.gram_track(x, d, residual, scale, beta, damping, epsilon)
     return generator, d, _absent(x) if new is None else new, log_mean
+
+
+def _gram_track_kernel(
+    x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spectral_ops.kernels import launch, track
+
+    batch, (n, k), x3 = x.shape[:-2], x.shape[-2:], matrices(x)
+    config = launch.pick("track", n, k, len(x3), x)
+    if config is None:
+        return NotImplemented
+    new, shrink, log_mean = reference.tracked_diagonal(reference.raised(x), d, scale, beta, damping)
+    weight = (reference.column(beta * shrink) * scale).float()
+    keep = numbers((1 - beta) * shrink, batch).unsqueeze(-1).repeat(1, 2)
+    old = None if residual is None else matrices(residual).contiguous()
+    written = None if old is None else torch.empty(old.shape, dtype=old.dtype, device=old.device)
+    generator, _ = track.track(
+        x3, (vectors(weight), None), (vectors(new), None), (old, None), (written, None), keep, None, epsilon, x.dtype, config
+    )
+    assert generator is not None
+    residual = _absent(x) if written is None else written.view(*x.shape[:-1], n)
+    return generator.view(*x.shape[:-1], n), new, residual, log_mean
 
 
 def _gram_track_fake(
@@ -40,6 +64,34 @@ def _cayley_track_impl(
     return b, d, _absent(b) if new is None else new
 
 
+def _cayley_track_kernel(
+    b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spectral_ops.kernels import cayley, launch
+
+    if b.dtype == torch.float16:  # powers of an unlimited generator may leave its range
+        r = None if residual is None else residual.float()
+        new_b, new_d, new_r = _cayley_track_kernel(b.float(), x.float(), d, r, limit, order, None)
+        return new_b.to(b.dtype), new_d, new_r.to(b.dtype if residual is None else residual.dtype)
+    shape, n = b.shape, b.shape[-1]
+    if launch.pick("turn", n, n, shape[:-2].numel(), b) is None or (residual is not None and residual.dtype != b.dtype):
+        return NotImplemented
+    b3, x3, d2 = matrices(b).contiguous(), matrices(x).to(b.dtype).contiguous(), vectors(d).float()
+    none: launch.Sides = (None, None)
+    seeds = none if seed is None or b.dtype != torch.bfloat16 else (numbers(seed, shape[:-2]), None)
+    f = cayley.generator_map((b3, None), (x3, None), order, limit=limit)
+    if residual is None:
+        (turned, _), _ = cayley.turn((b3, None), f, seed=seeds)
+        assert turned is not None
+        return turned.view(shape), d.clone(), _absent(b)
+    r3 = matrices(residual).contiguous()
+    (turned, _), v = cayley.turn((b3, None), f, residual=(r3, None), diag=(d2, None), seed=seeds)
+    assert turned is not None
+    new_d, new_r = torch.empty_like(d2), torch.empty(r3.shape, dtype=r3.dtype, device=r3.device)
+    cayley.conjugate(f, v, (d2, None), (new_d, None), (new_r, None), seed=seeds)
+    return turned.view(shape), new_d.view(d.shape).to(d.dtype), new_r.view(shape)
+
+
 def _cayley_track_fake(
     b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,12 +103,14 @@ _gram_track = define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _gram_track_impl,
     _gram_track_fake,
+    _gram_track_kernel,
 )
 _cayley_track = define(
     "cayley_track(Tensor b, Tensor x, Tensor d, Tensor? residual, float limit, int order, Tensor? seed)"
     " -> (Tensor, Tensor, Tensor)",
     _cayley_track_impl,
     _cayley_track_fake,
+    _cayley_track_kernel,
 )
 
 

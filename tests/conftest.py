@@ -11,11 +11,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from spectral_ops import reference
 from spectral_ops._library import KERNELS
 
 torch.set_num_threads(1)
@@ -65,3 +67,29 @@ def mutant(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
         return copy
 
     return make
+
+
+@pytest.fixture
+def composition(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run a function of `spectral_ops.reference` in its arguments' own dtype, as a plain PyTorch program would: nothing is raised
+    to float32 first."""
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "raised", lambda x: x)
+            return function(*args)
+
+    return run
+
+
+@pytest.fixture
+def assert_as_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """At most twice the error of the same-dtype composition, and one rounding of the result on top."""
+
+    def check(got: Tensor, composed: Tensor, exact: Tensor) -> None:
+        rounding = torch.finfo(got.dtype).eps * exact.double().norm()
+        error, bound = (got.double() - exact).norm(), 2 * (composed.double() - exact).norm() + rounding
+        assert got.shape == exact.shape
+        assert error <= bound, f"error {error:.3e}, bound {bound:.3e}"
+
+    return check
