@@ -31,14 +31,6 @@ def _side(count0, count1, n, m):
 
 
 @triton.jit
-def _store_both(out, value, i, j, n, BLOCK: tl.constexpr):
-    """A tile of a symmetric matrix and its mirror image; `value` has its dtype already."""
-    tiles.store_tile(out, value, i, j, n, n, BLOCK, BLOCK)
-    if i != j:
-        tiles.store_tile(out, tl.trans(value), j, i, n, n, BLOCK, BLOCK)
-
-
-@triton.jit
 def _limited(squares, parts0, parts1, matrix, right, limit):
     """`s = min(1, limit / σ)` and `s σ`, where `σ² = ‖X²‖_F / √2` bounds `‖X‖₂²`, from the sums of squares of its tiles."""
     first = squares + matrix * (parts0 + parts1) + tl.where(right, parts0, 0)
@@ -61,7 +53,7 @@ def _square(
     w = SIGN * tiles.product(a, size, 1, b, 1, size, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.where(i == j, 1.0, 2.0) * tl.sum(w * w))
-    _store_both(out, tiles.rounded(w, out.dtype.element_ty, None), i, j, size, BLOCK)
+    tiles.store_both(out, w, w, i, j, size, BLOCK)
 
 
 @triton.jit
@@ -83,7 +75,7 @@ def _even(
     s2 = s * s
     e = s2 * (tiles.load_tile(x2, i, j, size, size, BLOCK, BLOCK) + s2 * (
         tiles.load_tile(x4, i, j, size, size, BLOCK, BLOCK) + s2 * x6))  # fmt: skip
-    _store_both(out, tiles.rounded(e, out.dtype.element_ty, None), i, j, size, BLOCK)
+    tiles.store_both(out, e, e, i, j, size, BLOCK)
 
 
 @triton.jit
@@ -120,10 +112,7 @@ def _map(
     if usable is not None:
         ok = tl.load(usable + matrix) != 0
         even, odd = tl.where(ok, even, 0.0), tl.where(ok, odd, 0.0)
-    element = f.dtype.element_ty
-    tiles.store_tile(f, tiles.rounded(even + odd, element, None), i, j, size, size, BLOCK, BLOCK)
-    if i != j:
-        tiles.store_tile(f, tiles.rounded(tl.trans(even - odd), element, None), j, i, size, size, BLOCK, BLOCK)
+    tiles.store_both(f, even + odd, even - odd, i, j, size, BLOCK)
     if ORDER != 2:
         if t == 0:
             tl.store(steps + 2 * matrix + right.to(tl.int32), s)
@@ -133,9 +122,7 @@ def _map(
             even, odd = x2, 2.0 * x
         if usable is not None:
             even, odd = tl.where(ok, even, 0.0), tl.where(ok, odd, 0.0)
-        tiles.store_tile(h, tiles.rounded(even + odd, element, None), i, j, size, size, BLOCK, BLOCK)
-        if i != j:
-            tiles.store_tile(h, tiles.rounded(tl.trans(even - odd), element, None), j, i, size, size, BLOCK, BLOCK)
+        tiles.store_both(h, even + odd, even - odd, i, j, size, BLOCK)
 
 
 @triton.jit
@@ -225,7 +212,9 @@ def _conjugate(
         w = tiles.to_bfloat16(w, bits)
     if i == j:
         w = tl.where(o[:, None] > o[None, :], w, tl.trans(w))
-    _store_both(r, w, i, j, size, BLOCK)
+    tiles.store_tile(r, w, i, j, size, size, BLOCK, BLOCK)
+    if i != j:
+        tiles.store_tile(r, tl.trans(w), j, i, size, size, BLOCK, BLOCK)
     if b0 is not None:
         b, turned = tl.where(right, b1, b0) + start, tl.where(right, turned1, turned0) + start
         _move(b, turned, i, j, size, BLOCK)

@@ -27,10 +27,7 @@ def _gram(
         w += beta * tiles.load_tile(c + matrix * n * n, i, j, n, n, BLOCK, BLOCK)
     if i == j:
         w = 0.5 * (w + tl.trans(w))
-    w = tiles.rounded(w, out.dtype.element_ty, None)
-    tiles.store_tile(out, w, i, j, n, n, BLOCK, BLOCK)
-    if i != j:
-        tiles.store_tile(out, tl.trans(w), j, i, n, n, BLOCK, BLOCK)
+    tiles.store_both(out, w, w, i, j, n, BLOCK)
 
 
 def gram(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None, config: Config) -> Tensor:

@@ -30,14 +30,6 @@ def _divided(w, d, i, j, n, tol, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_skew(out, u, i, j, n, BLOCK: tl.constexpr):
-    """Tile `(i, j)` and its mirror image, one writer for each element."""
-    tiles.store_tile(out, tiles.rounded(u, out.dtype.element_ty, None), i, j, n, n, BLOCK, BLOCK)
-    if i != j:
-        tiles.store_tile(out, tiles.rounded(-tl.trans(u), out.dtype.element_ty, None), j, i, n, n, BLOCK, BLOCK)
-
-
-@triton.jit
 def _skew_generator(w, w_batch, w_row, w_col, d, out, tol, n, BLOCK: tl.constexpr):
     count = tl.cdiv(n, BLOCK) * (tl.cdiv(n, BLOCK) + 1) // 2
     matrix, t = (tl.program_id(0) // count).to(tl.int64), tl.program_id(0) % count
@@ -47,7 +39,7 @@ def _skew_generator(w, w_batch, w_row, w_col, d, out, tol, n, BLOCK: tl.constexp
     at = w + matrix * w_batch + oi.to(tl.int64)[:, None] * w_row + oj.to(tl.int64)[None, :] * w_col
     tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     u = _divided(tile, d + matrix * n, i, j, n, tol, BLOCK)
-    _store_skew(out + matrix * n * n, u, i, j, n, BLOCK)
+    tiles.store_both(out + matrix * n * n, u, -u, i, j, n, BLOCK)
 
 
 @triton.jit
@@ -62,7 +54,7 @@ def _gram_skew(
         scale += matrix * k
     w = tiles.weighted_gram(x + matrix * x_batch, x_row, x_col, scale, i, j, n, k, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
     u = _divided(w, d + matrix * n, i, j, n, tol, BLOCK)
-    _store_skew(out + matrix * n * n, u, i, j, n, BLOCK)
+    tiles.store_both(out + matrix * n * n, u, -u, i, j, n, BLOCK)
     tl.store(squares + tl.program_id(0), tl.where(i == j, 1.0, 2.0) * tl.sum(u * u))
     if i == j:
         o = tl.arange(0, BLOCK)

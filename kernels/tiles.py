@@ -141,6 +141,15 @@ def store_tile(p, value, i, j, n, m, BI: tl.constexpr, BJ: tl.constexpr):
 
 
 @triton.jit
+def store_both(p, value, mirrored, i, j, n, BLOCK: tl.constexpr):
+    """Write float32 `value` to tile `(i, j)`, `i >= j`, of an `n × n` matrix, and the transpose of `mirrored` to tile `(j, i)`:
+    one writer for each element."""
+    store_tile(p, rounded(value, p.dtype.element_ty, None), i, j, n, n, BLOCK, BLOCK)
+    if i != j:
+        store_tile(p, rounded(tl.trans(mirrored), p.dtype.element_ty, None), j, i, n, n, BLOCK, BLOCK)
+
+
+@triton.jit
 def load_vector(p, i, n, BLOCK: tl.constexpr, other: tl.constexpr = 0.0):
     """Elements `i · BLOCK …` of a vector of `n`, in float32."""
     o = i * BLOCK + tl.arange(0, BLOCK)

@@ -48,17 +48,10 @@ def _track(
         generator = generator - tl.trans(generator)
         w = tl.where(below, w, 0.0)
         w = w + tl.trans(w)
-    element = out.dtype.element_ty
-    tiles.store_tile(out, tiles.rounded(generator, element, None), i, j, size, size, BLOCK, BLOCK)
-    if i != j:
-        tiles.store_tile(out, tiles.rounded(-tl.trans(generator), element, None), j, i, size, size, BLOCK, BLOCK)
+    tiles.store_both(out, generator, -generator, i, j, size, BLOCK)
     if old0 is not None:
         # In place where old is new: this program alone reads and writes the tile and its mirror image.
-        new = tl.where(right, new1, new0) + matrix * size * size
-        w = tiles.rounded(w, new.dtype.element_ty, None)
-        tiles.store_tile(new, w, i, j, size, size, BLOCK, BLOCK)
-        if i != j:
-            tiles.store_tile(new, tl.trans(w), j, i, size, size, BLOCK, BLOCK)
+        tiles.store_both(tl.where(right, new1, new0) + matrix * size * size, w, w, i, j, size, BLOCK)
 
 
 def track(

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
+import spectral_ops as ops
 from spectral_ops.optim._routing import elementwise_name
-from spectral_ops.reference import accumulation_dtype
+from spectral_ops.reference import accumulation_dtype, block, raised
 
 Group = dict[str, Any]
 ALGORITHMS = (None, "matrix", "adamw")
@@ -50,29 +50,32 @@ class Piece:
         """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
         return x if self.length == x.shape[0] else x.narrow(0, self.start, self.length)
 
+    def matrices(self, x: Tensor) -> Tensor:
+        """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
+        return self.rows(x).reshape(-1, self.n, self.m)
+
 
 @dataclass
 class Batch:
-    """Pieces of one shape: `grad` is `(b, n, m)` in the accumulation dtype, `state` holds stacks of leading size `b`.
+    """Pieces of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
 
-    `usable` marks, as `(b,)` bool, gradients that are finite and not zero; `finite` those that are finite.
+    `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
     """
 
     pieces: list[Piece]
     grad: Tensor
     state: dict[str, Tensor]
-    usable: Tensor
     finite: Tensor
 
-    def where_finite(self, value: float | Tensor) -> Tensor:
-        """`value` for the matrices with a finite gradient and 0 for the others, shaped to multiply matrices."""
-        return (self.finite.to(self.grad.dtype) * value)[:, None, None]
+    def check(self) -> Tensor:
+        """Set `finite`, and return which gradients are usable: finite and not zero."""
+        norm = torch.linalg.vector_norm(self.grad, dim=(-2, -1), dtype=accumulation_dtype(self.grad.dtype))
+        self.finite = norm < math.inf
+        return self.finite & (norm > 0)
 
-    def store(self, name: str, value: Tensor) -> None:
-        """Write new state, in place, for the matrices whose gradient is usable."""
-        old = self.state[name]
-        mask = self.usable.view(-1, *[1] * (old.ndim - 1))
-        torch.where(mask, value.to(old.dtype), old, out=old)
+    def clean_grad(self) -> Tensor:
+        """The gradient in the accumulation dtype, zero where it is not finite."""
+        return torch.where(block(self.finite), raised(self.grad), 0)
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
@@ -99,6 +102,18 @@ def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
     for i, (size, h) in enumerate(zip(sizes, heads, strict=True)):
         yield Piece(p, start, size, (h,) if h > 1 else (), size // h, m, f"_{i}", index)
         start += size
+
+
+def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece], Tensor]]:
+    """Each class with its gradients `(b, n, m)`. All gradients of one dtype and device are copied together, in one launch."""
+    kinds: dict[Any, list[Any]] = {}
+    for key, members in classes.items():
+        kinds.setdefault((members[0].grad.dtype, members[0].grad.device), []).append(key)
+    for keys in kinds.values():
+        flat = torch.cat([piece.rows(piece.grad).reshape(-1) for key in keys for piece in classes[key]])
+        sizes = [sum(piece.count * piece.n * piece.m for piece in classes[key]) for key in keys]
+        for key, g in zip(keys, flat.split(sizes), strict=True):
+            yield key, classes[key], g.view(-1, classes[key][0].n, classes[key][0].m)
 
 
 class MatrixOptimizer(Optimizer):
@@ -162,8 +177,9 @@ class MatrixOptimizer(Optimizer):
         """State of one piece; every tensor has the leading dimensions `piece.lead`."""
         raise NotImplementedError
 
-    def update(self, group: Group, batch: Batch) -> Tensor:
-        """Advance `batch.state` and return the update `(b, n, m)`, to be multiplied by `−lr`."""
+    def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
+        """Advance `batch.state`. Return the update `(b, n, m)`, to be multiplied by `−lr`, its sums of squares `(b, parts)` and
+        how `parameter_update` normalises it."""
         raise NotImplementedError
 
     # The step ---------------------------------------------------------------------------------------------------------
@@ -181,12 +197,11 @@ class MatrixOptimizer(Optimizer):
                 loss = closure()
         # All gradients are checked before anything changes.
         work = [(group, *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
-        for group, classes, elementwise in work:
+        for group, classes, _ in work:
             group["step"] += 1
-            for key, members in classes.items():
-                self._step_batch(group, key, members)
-            if elementwise:
-                self._step_adamw(group, elementwise)
+            for key, members, g in gathered(classes):
+                self._step_batch(group, key, members, g)
+        self._step_adamw([(group, params) for group, _, params in work])
         return loss
 
     def _collect(self, number: int, group: Group) -> tuple[dict[Any, list[Piece]], list[Tensor]]:
@@ -207,49 +222,51 @@ class MatrixOptimizer(Optimizer):
                 classes.setdefault(key, []).append(piece)
         return classes, elementwise
 
-    def _step_batch(self, group: Group, key: Any, members: list[Piece]) -> None:
-        grads = [piece.rows(piece.grad).reshape(-1, piece.n, piece.m) for piece in members]
-        g = torch.cat(grads).to(accumulation_dtype(members[0].parameter.dtype))
-        if group["maximize"]:
-            g.neg_()
-        mean_square = g.square().mean((-2, -1))
-        finite = mean_square.isfinite()
-        g = torch.where(finite[:, None, None], g, 0)
-        batch = Batch(members, g, self._stack(group, key, members), finite & (mean_square > 0), finite)
-        update = self.update(group, batch)
-        parameters = [piece.rows(piece.parameter) for piece in members]
-        if group["weight_decay"]:
-            stacked = torch.cat([x.reshape(-1, piece.n, piece.m) for x, piece in zip(parameters, members, strict=True)])
-            update = update.add(stacked, alpha=group["weight_decay"])
-        update = update * batch.where_finite(-group["lr"])
-        parts = update.split([piece.count for piece in members])
-        # One rounding: a bf16 parameter plus a float32 update is added in float32.
-        torch._foreach_add_(parameters, [u.reshape(x.shape) for u, x in zip(parts, parameters, strict=True)])
+    def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor) -> None:
+        batch = Batch(members, g, self._stack(group, key, members), torch.empty(0))
+        u, squares, normalize = self.update(group, batch)
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
+        views = [piece.matrices(piece.parameter) for piece in members]
+        ops.parameter_update(
+            views, u, squares, batch.finite, lr.reshape(()), weight_decay=group["weight_decay"], normalize=normalize
+        )
+        for piece, view in zip(members, views, strict=True):
+            if not piece.parameter.is_contiguous():  # then the view was a copy
+                rows = piece.rows(piece.parameter)
+                rows.copy_(view.view(rows.shape))
 
-    def _step_adamw(self, group: Group, params: list[Tensor]) -> None:
-        by_kind: dict[Any, list[Tensor]] = {}
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            by_kind.setdefault((p.device, p.dtype), []).append(p)
-        beta1, beta2 = group["adamw_betas"]
-        for kind in by_kind.values():
-            states = [self.state[p] for p in kind]
-            adamw(
-                kind,
-                [p.grad for p in kind],  # type: ignore[misc]
+    def _step_adamw(self, work: list[tuple[Group, list[Tensor]]]) -> None:
+        """`torch.optim.AdamW(fused=True)` for the rest of each group; its kernel is called directly, so that the counters of
+        all groups advance in one launch."""
+        kinds: dict[Any, tuple[Group, list[Tensor]]] = {}
+        for number, (group, params) in enumerate(work):
+            for p in params:
+                state = self.state[p]
+                if "exp_avg" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                kinds.setdefault((number, p.device, p.dtype), (group, []))[1].append(p)
+        steps: dict[torch.device, list[Tensor]] = {}
+        for _, params in kinds.values():
+            steps.setdefault(params[0].device, []).extend(self.state[p]["step"] for p in params)
+        for counters in steps.values():
+            torch._foreach_add_(counters, 1)
+        for group, params in kinds.values():
+            states, lr, (beta1, beta2) = [self.state[p] for p in params], group["lr"], group["adamw_betas"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                lr = lr.to(params[0].device, non_blocking=True)
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],  # type: ignore[misc]
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [],
                 [s["step"] for s in states],
-                fused=True,
                 amsgrad=False,
+                lr=lr,
                 beta1=beta1,
                 beta2=beta2,
-                lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 eps=group["adamw_eps"],
                 maximize=group["maximize"],

@@ -12,20 +12,17 @@ from torch import Tensor
 
 import spectral_ops as ops
 from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece
-from spectral_ops.reference import accumulation_dtype
+from spectral_ops.reference import STREAM_SIDE, STREAM_STEP, accumulation_dtype, block, keep, raised, rotate
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
-TARGET_RMS = 0.2  # of an update before the learning rate: about AdamW's own, so that its learning rates carry over
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
-RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
 DEFAULT_ORDER = 2
 # Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
 # turns a plane by θ that multiplies the plane's anisotropic defect by `2 sin(θ/2)`: from 60° on the correction feeds it.
 LIMITS = {2: 0.42, 4: 0.5, 8: 0.55}
-STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
 LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
 
@@ -183,70 +180,70 @@ class SpectralKron(MatrixOptimizer):
             state["exp_avg_sq"] = torch.zeros_like(state["momentum_buffer"])
         return state
 
-    def update(self, group: Group, batch: Batch) -> Tensor:
-        s, g, mu = batch.state, batch.grad, group["betas"][0]
-        s["step"] += batch.finite
+    def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
+        s = batch.state
         if group["step"] % group["update_interval"] == 0 or group["step"] <= WARM_STEPS:
-            s["updates"] += batch.usable
             (_track if group["rotation"] == "tracking" else _paper)(group, batch)
-
-        momentum = s["momentum_buffer"]
-        momentum.lerp_(g.to(momentum.dtype), batch.where_finite(1 - mu).to(momentum.dtype))
-        direction = momentum.to(g.dtype)
-        if group["nesterov"]:
-            direction = g.lerp(direction, mu)
-        u = ops.apply_root(
+        else:
+            batch.check()
+            s["step"] += batch.finite
+        direction = ops.momentum_update(
+            s["momentum_buffer"],
+            batch.grad,
+            batch.finite,
+            group["betas"][0],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        u, squares = ops.apply_root(
             direction,
-            s.get("basis_left"),
-            s["eigenvalues_left"],
-            s.get("basis_right"),
-            s["eigenvalues_right"],
+            *_pair(s, "basis", "left"),
+            *_pair(s, "basis", "right"),
             s["scale"],
             group["root"],
+            return_squares=True,
         )
-        return _scaled(u, group, batch)
+        if group["update_scale"] == "graft":
+            rms = (squares.sum(-1) / u[0].numel()).sqrt() + EPSILON
+            return u * block(_adam_rms(group, batch) / rms), squares, "none"
+        return u, squares, group["update_scale"] or "none"
+
+
+def _pair(s: dict[str, Tensor], name: str, side: str) -> tuple[Tensor | None, Tensor]:
+    return s.get(f"{name}_{side}"), s[f"eigenvalues_{side}"]
 
 
 def _track(group: Group, batch: Batch) -> None:
     """Moving averages `S_l = B_l T_l B_lᵀ`, `T_l = Diag(d_l) + R_l`, whose bases follow their eigenbases."""
-    s, g = batch.state, batch.grad
-    n, m = g.shape[-2:]
-    # The scale starts at the first gradient's, and a warm average keeps the identity start from lingering.
-    alpha = torch.where((s["updates"] <= 1) & batch.usable, g.square().mean((-2, -1)), s["scale"])
-    beta = (s["updates"] + 1).reciprocal().clamp(min=1 - group["betas"][1])
+    s = batch.state
     order, limit = _map(group)
-    rotated = _rotated(g, s)
-    inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
-    log_means = []
-    for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
-        b, d, r = s.get(f"basis_{side}"), s[f"eigenvalues_{side}"], s.get(f"residual_{side}")
-        scale = inverse[other] / (alpha * k)[:, None]
-        damping = group["damping"] * inverse[other].mean(-1) / alpha
-        if b is None:
-            w = (x.square() * scale[:, None, :]).sum(-1)
-            d = torch.lerp(d, w + damping[:, None], beta[:, None])
-            log_mean = d.log().mean(-1)
-            d = d * torch.exp(-log_mean)[:, None]
-        else:
-            x, d, r, log_mean = ops.gram_track(
-                x, d, scale, beta, residual=r, damping=damping, epsilon=group["rotation_epsilon"]
-            )
-            b, d, r = ops.cayley_track(b, x, d, residual=r, limit=limit, order=order, seed=_seeds(s, side))
-            batch.store(f"basis_{side}", b)
-            if r is not None:
-                batch.store(f"residual_{side}", r)
-        batch.store(f"eigenvalues_{side}", d.clamp(min=RELATIVE_FLOOR * d.amax(-1, keepdim=True)))
-        log_means.append(log_mean)
-    batch.store("scale", alpha * torch.exp((log_means[0] + log_means[1]) / 2))
+    batch.finite = ops.kron_track(
+        batch.grad,
+        (s.get("basis_left"), s.get("basis_right")),
+        (s.get("residual_left"), s.get("residual_right")),
+        (s["eigenvalues_left"], s["eigenvalues_right"]),
+        s["scale"],
+        s["step"],
+        s["updates"],
+        seed=s.get("seed"),
+        beta=1 - group["betas"][1],
+        damping=group["damping"],
+        epsilon=group["rotation_epsilon"],
+        limit=limit,
+        order=order,
+    )
 
 
 def _paper(group: Group, batch: Batch) -> None:
     """Lin et al., 2025: Fig. 1 (`exact`) or Fig. 6, with the exact or, by `cayley_order`, the truncated Cayley map."""
-    s, g = batch.state, batch.grad
+    s = batch.state
+    usable, g = batch.check(), batch.clean_grad()
+    s["step"] += batch.finite
+    s["updates"] += usable
     n, m = g.shape[-2:]
     beta2, alpha = 1 - group["betas"][1], s["scale"]
     order, limit = _map(group)
-    rotated = _rotated(g, s)
+    rotated = rotate(g, s.get("basis_left"), s.get("basis_right"))
     inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
     diag_w, bases = {}, {}
     for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
@@ -274,42 +271,19 @@ def _paper(group: Group, batch: Batch) -> None:
         damping=group["damping"],
         exact=group["exact"],
     )
-    for side, b in bases.items():
-        batch.store(f"basis_{side}", b)
-    batch.store("eigenvalues_left", d_c)
-    batch.store("eigenvalues_right", d_k)
-    batch.store("scale", alpha)
-
-
-def _rotated(g: Tensor, s: dict[str, Tensor]) -> Tensor:
-    """`B_Cᵀ g B_K` in the gradient's precision: rounding what stands between the two products to bf16 would leak the strong
-    directions into the weak ones, and cost the digits task 3 % of its loss."""
-    b_c, b_k = s.get("basis_left"), s.get("basis_right")
-    g = g if b_c is None else b_c.to(g.dtype).mT @ g
-    return g if b_k is None else g @ b_k.to(g.dtype)
-
-
-def _scaled(u: Tensor, group: Group, batch: Batch) -> Tensor:
-    """The preconditioned direction at the length that `update_scale` asks for."""
-    kind = group["update_scale"]
-    if kind is None:
-        return u
-    rms = u.square().mean((-2, -1), keepdim=True).sqrt() + EPSILON
-    if kind == "rms":
-        return u * (TARGET_RMS / rms)
-    if kind == "clip":
-        return u / rms.clamp(min=1)
-    return u * (_adam_rms(group, batch) / rms)
+    new = {f"basis_{side}": b for side, b in bases.items()}
+    for name, value in (new | {"eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}).items():
+        keep(usable, s[name], value)
 
 
 def _adam_rms(group: Group, batch: Batch) -> Tensor:
-    """Root mean square of the update that Adam would make: what grafting takes from it."""
+    """Root mean square, for each matrix, of the update that Adam would make: what grafting takes from it."""
     s, mu, beta = batch.state, group["betas"][0], group["adamw_betas"][1]
-    second = s["exp_avg_sq"]
-    second.lerp_(batch.grad.square().to(second.dtype), batch.where_finite(1 - beta).to(second.dtype))
-    step = s["step"].clamp(min=1)[:, None, None]
+    second, square = s["exp_avg_sq"], raised(batch.grad).square()
+    keep(batch.finite, second, second.lerp(square.to(second.dtype), 1 - beta))
+    step = block(s["step"].clamp(min=1))
     first, second = s["momentum_buffer"] / (1 - mu**step), second / (1 - beta**step)
-    return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1), keepdim=True).sqrt()
+    return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1)).sqrt()
 
 
 def _map(group: Group) -> tuple[int, float]:

@@ -60,6 +60,13 @@ def scalars(value: float | Tensor, name: str, op: str, like: Tensor, batch: torc
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
+def mask(value: object, name: str, op: str, like: Tensor) -> None:
+    """A bool for each matrix of `like`, `(b, n, m)`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != like.shape[:1]:
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{op}: `{name}` must be bool of shape {tuple(like.shape[:1])}, got {got}")
+
+
 def choice(value: object, name: str, op: str, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -343,3 +343,109 @@ def stochastic_round(x: Tensor, seed: Tensor) -> Tensor:
 
 def rounded(x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
     return x.to(dtype) if seed is None or dtype != torch.bfloat16 else stochastic_round(x, seed)
+
+
+# --- momentum and parameters ------------------------------------------------------------------------------------------
+
+
+def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: bool, maximize: bool) -> Tensor:
+    old = raised(buffer)
+    g = g.to(old.dtype)
+    g = torch.where(block(finite), -g if maximize else g, 0)
+    keep(finite, buffer, old.lerp(g, 1 - decay))
+    direction = raised(buffer)
+    direction = g.lerp(direction, decay) if nesterov else direction
+    return torch.where(block(finite), direction, 0)
+
+
+RMS_EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
+
+
+def parameter_update(
+    params: list[Tensor],
+    u: Tensor,
+    squares: Tensor,
+    finite: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    normalize: str,
+    target: float,
+) -> None:
+    rms = (squares.sum(-1) / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else squares.sum(-1)
+    factor = {"rms": target / rms, "clip": rms.clamp(min=1).reciprocal(), "none": torch.ones_like(rms)}[normalize]
+    lr = lr.to(device=u.device, dtype=u.dtype)
+    step = u * block(factor.to(u.dtype) * -lr)
+    for p, mine, mask in zip(params, *(x.split([len(p) for p in params]) for x in (step, finite)), strict=True):
+        wide = p.to(u.dtype)
+        keep(mask, p, wide + mine - lr * weight_decay * wide)
+
+
+# --- parameter updates ------------------------------------------------------------------------------------------------
+
+EPSILON = 1e-8  # beside a root mean square, so that an update of zeros stays one
+
+
+def momentum_update(
+    buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: bool, maximize: bool
+) -> Tensor:
+    old, new = raised(buffer), -raised(g) if maximize else raised(g)
+    stored = (old + (1 - decay) * (new - old)).to(buffer.dtype)
+    direction = new + decay * (raised(stored) - new) if nesterov else raised(stored)
+    buffer.copy_(torch.where(block(finite), stored, buffer))
+    return torch.where(block(finite), direction, 0).to(accumulation_dtype(buffer.dtype)).contiguous()
+
+
+def normalized(u: Tensor, squares: Tensor, normalize: str, target: float) -> Tensor:
+    """`u` times a number for each matrix, from its root mean square."""
+    if normalize == "none":
+        return u
+    rms = (squares.sum(-1) / (u.shape[-2] * u.shape[-1])).sqrt() + EPSILON
+    return u * block(target / rms if normalize == "rms" else 1 / rms.clamp(min=1))
+
+
+def parameter_update(
+    params: list[Tensor],
+    u: Tensor,
+    squares: Tensor,
+    finite: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    normalize: str,
+    target: float,
+) -> None:
+    u = normalized(raised(u), squares, normalize, target)
+    counts = [math.prod(p.shape[:-2]) for p in params]
+    for p, change, ok in zip(params, u.split(counts), finite.split(counts), strict=True):
+        old = raised(p)
+        keep(ok, p, old - lr * (change.view(p.shape) + weight_decay * old))
+
+
+def diagonal_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    seconds: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    rule: str,
+    beta1: float,
+    beta2: float,
+    gamma: float,
+    eps: float,
+    weight_decay: float,
+    batch_size: float,
+    maximize: bool,
+) -> None:
+    for p, g, m, s in zip(params, grads, momenta, seconds, strict=True):
+        old, g = raised(p), -raised(g) if maximize else raised(g)
+        if rule == "adamw":
+            second = beta2 * raised(s) + (1 - beta2) * g.square()
+            momentum = raised(m) + (1 - beta1) * (g - raised(m))
+            bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+            new = old - lr * weight_decay * old - lr / bias1 * momentum / ((second / bias2).sqrt() + eps)
+        else:
+            second = (1 - (1 - beta2) * gamma) * raised(s) + (1 - beta2) * batch_size * g.square()
+            momentum = beta1 * raised(m) + g / (second + eps) + weight_decay * old
+            new = old - lr * momentum
+        for x, value in ((p, new), (m, momentum), (s, second)):
+            x.copy_(value)

@@ -71,8 +71,8 @@ def mutant(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
 
 @pytest.fixture
 def composition(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run a function of `spectral_ops.reference` in its arguments' own dtype, as a plain PyTorch program would: nothing is raised
-    to float32 first."""
+    """Run a function of `spectral_ops.reference` in its arguments' own dtype, as a plain PyTorch program would: nothing is
+    raised to float32 first."""
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         with monkeypatch.context() as patch:

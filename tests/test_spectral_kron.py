@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_ops as ops
+from spectral_ops.kernels.launch import recording
 from spectral_ops.optim import SpectralKron, param_groups
 from spectral_ops.optim.spectral_kron import LIMITS
 
@@ -668,3 +669,38 @@ def test_bad_parameters_and_gradients_are_named():
     with pytest.raises(RuntimeError, match=r"parameter 0 of shape \(5, 3\) has one"):
         optimizer.step()
     assert torch.equal(dense.weight, before)  # nothing changed before the error
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"carry_residual": False, "update_scale": "clip"},
+        {"rotation": "riemannian", "cayley_order": 8, "betas": (0.9, 0.95)},
+    ],
+)
+def test_kernels_train_as_the_reference_does(dtype, options, request):
+    """Five steps on matrices of two shapes, one a stack of experts, with the kernels in the interpreter."""
+
+    def train() -> list[Tensor]:
+        torch.manual_seed(1)
+        shapes = (20, 12), (20, 12), (3, 9, 18), (12,)
+        params = [nn.Parameter(torch.randn(*s).to(dtype)) for s in shapes]
+        optimizer = SpectralKron(params, lr=0.02, weight_decay=0.1, **options)
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return [p.detach().float() for p in params]
+
+    want = train()
+    request.getfixturevalue("kernels_on_cpu")
+    with recording() as launches:
+        got = train()
+    assert {"momentum", "rotate", "turn"} <= {item.name for item in launches}
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)

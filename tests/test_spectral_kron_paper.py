@@ -125,6 +125,7 @@ def tracking(w, gradient, steps, *, lr, mu, beta2, root, epsilon, limit, carry, 
             matrix = (1 - beta) * t_[s] + beta * curvature[s]
             log_mean = matrix.diagonal().log().mean()
             logs, matrix = logs + log_mean, matrix / log_mean.exp()
+            floor = 1e-6 * matrix.diagonal().max()
             if n > 1:
                 x = torch.zeros(n, n).double()
                 for i, j in itertools.product(range(n), range(n)):
@@ -138,7 +139,6 @@ def tracking(w, gradient, steps, *, lr, mu, beta2, root, epsilon, limit, carry, 
                 b[s] = b[s] @ p
                 if carry:
                     matrix = p.T @ matrix @ p
-            floor = 1e-6 * matrix.diagonal().max()
             t_[s] = (matrix if carry else torch.diag(matrix.diagonal())).clone()
             t_[s].diagonal().clamp_(min=floor)
         alpha = alpha * (logs / 2).exp()

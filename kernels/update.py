@@ -1,0 +1,126 @@
+"""Momentum, and the step of all parameters of one shape: elementwise, in place, one launch each.
+
+Parameters lie wherever they are: the kernel finds each matrix through a table of pointers on the device.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spectral_ops.kernels import tiles
+from spectral_ops.kernels.config import Config
+from spectral_ops.kernels.launch import cdiv, launch
+
+ELEMENTWISE = Config(1024, 0, 4, 1)
+CHUNK = 8 * ELEMENTWISE.block  # elements of a program
+EPSILON = tl.constexpr(1e-8)  # as in `reference.normalized`
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TABLES = 256  # tables that are remembered
+
+Table = tuple[Tensor, Tensor]  # on the host and on the device
+_tables: dict[Hashable, Table] = {}
+_captured: list[Table] = []
+
+
+def table(key: Hashable, values: Callable[[], list[int]], device: torch.device) -> Tensor:
+    """`values()` as int64 on the device, remembered by `key`, which tells them. Nothing waits for the copy."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    entry = _tables.get((key, device))
+    if entry is None:
+        host = torch.tensor(values(), dtype=torch.int64, pin_memory=device.type == "cuda")
+        entry = host, host.to(device, non_blocking=True)
+        if not capturing:  # else only replays make the copy
+            if len(_tables) == TABLES:
+                del _tables[next(iter(_tables))]
+            _tables[key, device] = entry
+    if capturing:
+        _captured.append(entry)  # the graph reads it for as long as it lives
+    return entry[1]
+
+
+@triton.jit
+def at(entry, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element `start` of what the address in a table's entry points to."""
+    p = tl.load(entry).to(tl.pointer_type(TYPE)) + start
+    return tl.multiple_of(p, 16) if ALIGNED else p
+
+
+@triton.jit
+def _momentum(
+    buffer, g, finite, direction, decay, share, size,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    count = tl.cdiv(size, BLOCK)
+    matrix, t = (tl.program_id(0) // count).to(tl.int64), tl.program_id(0) % count
+    start, o = t.to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+    inside = o < size - start
+    start += matrix * size
+    if tl.load(finite + matrix):
+        old = tl.load(buffer + start + o, mask=inside, other=0.0).to(tl.float32)
+        new = tl.load(g + start + o, mask=inside, other=0.0).to(tl.float32)
+        new = -new if MAXIMIZE else new
+        stored = tiles.rounded(old + share * (new - old), buffer.dtype.element_ty, None)
+        tl.store(buffer + start + o, stored, mask=inside)
+        average = stored.to(tl.float32)
+        tl.store(direction + start + o, new + decay * (average - new) if NESTEROV else average, mask=inside)
+    else:
+        tl.store(direction + start + o, tl.zeros((BLOCK,), tl.float32), mask=inside)
+
+
+def momentum(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: bool, maximize: bool) -> Tensor:
+    """Average `g` into `buffer`, both `(b, n, m)` and contiguous, where `finite` `(b,)`; the direction, float32."""
+    batch, n, m = buffer.shape
+    direction = torch.empty((batch, n, m), dtype=torch.float32, device=buffer.device)
+    launch(
+        _momentum, batch * cdiv(n * m, ELEMENTWISE.block), ELEMENTWISE,
+        buffer=buffer, g=g, finite=finite, direction=direction, decay=decay, share=1 - decay, size=n * m,
+        NESTEROV=nesterov, MAXIMIZE=maximize, BLOCK=ELEMENTWISE.block,
+    )  # fmt: skip
+    return direction
+
+
+@triton.jit
+def _parameter_update(
+    pointers, u, squares, parts, finite, lr, weight_decay, target, size,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, LOAD_LR: tl.constexpr, NORMALIZE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    count = tl.cdiv(size, CHUNK)
+    matrix, t = (tl.program_id(0) // count).to(tl.int64), tl.program_id(0) % count
+    if tl.load(finite + matrix):
+        rate = tl.load(lr).to(tl.float32) if LOAD_LR else lr
+        factor = 1.0
+        if NORMALIZE != "none":
+            rms = tl.sqrt(tiles.total(squares + matrix * parts, parts, BLOCK) / size) + EPSILON
+            factor = target / rms if NORMALIZE == "rms" else 1.0 / tl.maximum(rms, 1.0)
+        start = t.to(tl.int64) * CHUNK
+        p = at(pointers + matrix, start, TYPE, ALIGNED)
+        u += matrix * size + start
+        left = tl.minimum(size - start, CHUNK).to(tl.int32)
+        for first in range(0, left, BLOCK):
+            o = first + tl.arange(0, BLOCK)
+            inside = o < left
+            old = tl.load(p + o, mask=inside, other=0.0).to(tl.float32)
+            new = old - rate * (factor * tl.load(u + o, mask=inside, other=0.0).to(tl.float32) + weight_decay * old)
+            tl.store(p + o, tiles.rounded(new, TYPE, None), mask=inside)
+
+
+def parameter_update(
+    params: Sequence[Tensor], u: Tensor, squares: Tensor, finite: Tensor, lr: Tensor | float, weight_decay: float,
+    normalize: str, target: float,
+) -> None:  # fmt: skip
+    """`params` are contiguous, `(count, n, m)` or `(n, m)`, of one dtype; together as many matrices as `u` `(b, n, m)`.
+    `squares` is `(b, parts)`, float32, `finite` `(b,)`; `lr` of one element is read on the device, a number is passed."""
+    batch, n, m = u.shape
+    blocks = tuple((p.data_ptr(), p.numel() // (n * m)) for p in params)
+    stride = n * m * params[0].element_size()
+    launch(
+        _parameter_update, batch * cdiv(n * m, CHUNK), ELEMENTWISE,
+        pointers=table((blocks, stride), lambda: [p + i * stride for p, count in blocks for i in range(count)], u.device),
+        u=u, squares=squares, parts=squares.shape[1], finite=finite, lr=lr, weight_decay=weight_decay, target=target,
+        size=n * m, TYPE=TYPES[params[0].dtype], ALIGNED=all(p % 16 == 0 for p, _ in blocks) and stride % 16 == 0,
+        LOAD_LR=isinstance(lr, Tensor), NORMALIZE=normalize, CHUNK=CHUNK, BLOCK=ELEMENTWISE.block,
+    )  # fmt: skip
