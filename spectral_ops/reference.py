@@ -380,44 +380,7 @@ def parameter_update(
         keep(mask, p, wide + mine - lr * weight_decay * wide)
 
 
-# --- parameter updates ------------------------------------------------------------------------------------------------
-
-EPSILON = 1e-8  # beside a root mean square, so that an update of zeros stays one
-
-
-def momentum_update(
-    buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: bool, maximize: bool
-) -> Tensor:
-    old, new = raised(buffer), -raised(g) if maximize else raised(g)
-    stored = (old + (1 - decay) * (new - old)).to(buffer.dtype)
-    direction = new + decay * (raised(stored) - new) if nesterov else raised(stored)
-    buffer.copy_(torch.where(block(finite), stored, buffer))
-    return torch.where(block(finite), direction, 0).to(accumulation_dtype(buffer.dtype)).contiguous()
-
-
-def normalized(u: Tensor, squares: Tensor, normalize: str, target: float) -> Tensor:
-    """`u` times a number for each matrix, from its root mean square."""
-    if normalize == "none":
-        return u
-    rms = (squares.sum(-1) / (u.shape[-2] * u.shape[-1])).sqrt() + EPSILON
-    return u * block(target / rms if normalize == "rms" else 1 / rms.clamp(min=1))
-
-
-def parameter_update(
-    params: list[Tensor],
-    u: Tensor,
-    squares: Tensor,
-    finite: Tensor,
-    lr: Tensor,
-    weight_decay: float,
-    normalize: str,
-    target: float,
-) -> None:
-    u = normalized(raised(u), squares, normalize, target)
-    counts = [math.prod(p.shape[:-2]) for p in params]
-    for p, change, ok in zip(params, u.split(counts), finite.split(counts), strict=True):
-        old = raised(p)
-        keep(ok, p, old - lr * (change.view(p.shape) + weight_decay * old))
+# --- elementwise optimizers -------------------------------------------------------------------------------------------
 
 
 def diagonal_update(
