@@ -57,7 +57,7 @@ def _divided(diag, d, weight, n, shrink, coefficient, floor, BLOCK: tl.constexpr
         tl.store(d + o, tl.maximum(new, floor), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_parts", "col_parts", "parts", "batch"])
 def _average(
     rows, cols, squares, row_parts, col_parts, parts, d_c, d_k, scale, step, updates, seed,
     diag_c, diag_k, weight_c, weight_k, keep, floor, usable, finite, seeds,

@@ -39,7 +39,7 @@ def _limited(squares, parts0, parts1, matrix, right, limit):
     return step, step * sigma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1"])
 def _square(
     a0, a1, b0, b1, out0, out1, squares, n, m, count0, count1, SIGN: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def _square(
     tiles.store_both(out, w, w, i, j, size, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1", "parts0", "parts1"])
 def _even(
     x2_0, x2_1, x4_0, x4_1, out0, out1, squares, parts0, parts1, step, limit, n, m, count0, count1,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,7 +78,7 @@ def _even(
     tiles.store_both(out, e, e, i, j, size, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1", "parts0", "parts1"])
 def _map(
     b0, b1, x0, x1, x2_0, x2_1, e0, e1, f0, f1, h0, h1, steps, squares, parts0, parts1, step, usable, limit,
     n, m, count0, count1,
@@ -125,7 +125,7 @@ def _map(
         tiles.store_both(h, even + odd, even - odd, i, j, size, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1"])
 def _finish_map(
     a0, a1, b0, b1, f0, f1, out0, out1, steps, n, m, count0, count1, SCALED: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,7 +145,7 @@ def _finish_map(
     tiles.store_tile(out, tiles.rounded(w, out.dtype.element_ty, None), i, j, size, size, BLOCK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1"])
 def _turn(
     b0, b1, r0, r1, f0, f1, diag0, diag1, out0, out1, v0, v1, seed0, seed1, n, m, count0, count1,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -182,7 +182,7 @@ def _turn(
         tiles.store_tile(out, tiles.to_bfloat16(w, bits), i, j, size, size, BLOCK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1"])
 def _conjugate(
     f0, f1, v0, v1, diag0, diag1, floor, d0, d1, r0, r1, b0, b1, turned0, turned1, seed0, seed1, n, m, count0, count1,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,

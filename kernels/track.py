@@ -15,7 +15,7 @@ from spectral_ops.kernels.config import Config
 from spectral_ops.kernels.launch import Sides, launch, lower_tiles, precision, sides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1"])
 def _track(
     x, x_batch, x_row, x_col, weight0, weight1, diag0, diag1, keep, usable, old0, old1, new0, new1, out0, out1,
     epsilon, n, m, count0, count1, BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
