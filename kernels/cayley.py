@@ -236,7 +236,9 @@ class Grid:
     def __init__(self, x: Sides, config: Config | None):
         left, right = x
         self.n, self.m = 0 if left is None else left.shape[-1], 0 if right is None else right.shape[-1]
-        self.like = right if left is None else left
+        like = right if left is None else left
+        assert like is not None, "a pair has at least one side"
+        self.like = like
         self.batch = self.like.shape[0]
         self.config = config
 

@@ -64,7 +64,7 @@ def recording(*, run: bool = True, assume: tuple[int, int] | None = None) -> Ite
         _recorder, _assumed = before
 
 
-def sides(name: str, pair: Sides) -> dict[str, Tensor | None]:
+def sides(name: str, pair: Sides) -> dict[str, Any]:
     """The two arguments `name0`, `name1`. A kernel never looks at a side that is left out, but its pointer has a type."""
     left, right = pair
     return {f"{name}0": right if left is None else left, f"{name}1": left if right is None else right}

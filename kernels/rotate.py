@@ -3,6 +3,8 @@
 Between the two products of `B_Cᵀ G B_K` nothing is rounded to 16 bits: strong directions would leak into weak ones.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -69,7 +71,7 @@ def apply_root(
     """`alpha^(−1/root) S_C^(−1/root) G S_K^(−1/root)` in the dtype of `g`, and its sums of squares `(b, parts)`. At least one
     basis is given."""
     dtype = next(b for b in (b_c, b_k) if b is not None).dtype
-    weight = {"d_row": d_c, "d_col": d_k, "alpha": alpha, "power": -1.0 / root}
+    weight: dict[str, Any] = {"d_row": d_c, "d_col": d_k, "alpha": alpha, "power": -1.0 / root}
     if b_c is not None and b_k is not None:
         x = _product(_product(b_c.mT, g, torch.float32, config), b_k, dtype, config, **weight)
         a, b = _product(b_c, x, dtype, config), b_k.mT

@@ -74,7 +74,7 @@ def track(
     """
     batch, n, m = x.shape
     sizes = n, m
-    out = tuple(
+    left, right = (
         None if d is None else torch.empty((batch, size, size), dtype=dtype, device=x.device)
         for d, size in zip(diag, sizes, strict=True)
     )
@@ -83,8 +83,8 @@ def track(
         _track, batch * (count0 + count1), config,
         x=x, x_batch=x.stride(0), x_row=x.stride(1), x_col=x.stride(2),
         **sides("weight", weight), **sides("diag", diag), keep=keep, usable=usable,
-        **sides("old", old), **sides("new", new), **sides("out", out),
+        **sides("old", old), **sides("new", new), **sides("out", (left, right)),
         epsilon=epsilon, n=n, m=m, count0=count0, count1=count1,
         BLOCK=config.block, BK=config.k, PRECISION=precision(x.dtype),
     )  # fmt: skip
-    return out[0], out[1]
+    return left, right
