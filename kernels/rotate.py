@@ -88,11 +88,12 @@ def apply_root(
 
 
 def root_parts(g: Tensor, b_c: Tensor | None, b_k: Tensor | None) -> int:
-    """How many sums of squares `apply_root` makes of a matrix."""
+    """How many sums of squares `apply_root` makes of a matrix: one for each tile of its last product."""
     n, m = g.shape[-2:]
     b = b_k if b_k is not None else b_c
     assert b is not None
-    tile = _pick(b, b)
+    tile = pick("rotate", min(n, m), b.shape[-1], g.shape[:-2].numel(), b)
+    assert tile is not None, "the table has no tile for rotate"
     return cdiv(n, tile.block) * cdiv(m, tile.block)
 
 

@@ -23,7 +23,7 @@ def _update_kernel(b: Tensor, x: Tensor, step: Tensor, order: int, correct: bool
     if b.dtype == torch.float16:  # powers of an unscaled generator may leave its range
         return _update_kernel(b.float(), x.float(), step, order, correct, seed).to(b.dtype)
     b3, x3 = matrices(b).contiguous(), matrices(x).to(b.dtype).contiguous()
-    if launch.pick("turn", n, n, len(b3), b) is None:
+    if launch.pick("cayley", n, n, len(b3), b) is None:
         return NotImplemented
     none: launch.Sides = (None, None)
     seeds = none if seed is None or b.dtype != torch.bfloat16 else (numbers(seed, batch), None)

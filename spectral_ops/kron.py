@@ -37,11 +37,12 @@ def _kernel(
     if len(dtypes) != 1 or torch.float16 in dtypes or g.numel() == 0 or not all(x.is_contiguous() for x in state):
         return NotImplemented
     (batch, n, m), dtype = g.shape, dtypes.pop()
+    like = next(b for b in (basis_c, basis_k) if b is not None)
+    config = launch.pick("track", max(n, m), min(n, m), batch, like)
+    if config is None or launch.pick("cayley", max(n, m), max(n, m), batch, like) is None:
+        return NotImplemented
     g = g.float() if g.dtype == torch.float16 else g  # its range is not that of the bases
     x, *moments = rotate.rotate(g, basis_c, d_c, basis_k, d_k)
-    config = launch.pick("track", max(n, m), min(n, m), batch, x)
-    if config is None:
-        return NotImplemented
     new = average.average(
         (moments[0], moments[1], moments[2]), d_c, d_k, scale, step, updates, seed,
         beta=beta, damping=damping, relative_floor=reference.RELATIVE_FLOOR,

@@ -8,14 +8,14 @@ from torch import Tensor
 from spectral_ops import _checks as check
 from spectral_ops import reference
 from spectral_ops._batches import matrices, numbers, vectors
-from spectral_ops._library import define
+from spectral_ops._library import HAS_TRITON, define
 
 
 def _fake(
     g: Tensor, b_c: Tensor | None, d_c: Tensor, b_k: Tensor | None, d_k: Tensor, alpha: Tensor, root: float
 ) -> tuple[Tensor, Tensor]:
     parts = 1
-    if g.is_cuda and _served(g, b_c, b_k):
+    if g.is_cuda and HAS_TRITON and _served(g, b_c, b_k):
         from spectral_ops.kernels import rotate
 
         parts = rotate.root_parts(g, b_c, b_k)
@@ -43,10 +43,15 @@ def _kernel(
 
 def _served(g: Tensor, b_c: Tensor | None, b_k: Tensor | None) -> bool:
     """Whether the kernel takes it: a basis at least, one dtype for both, no float16 beside another dtype (its range)."""
-    bases = {b.dtype for b in (b_c, b_k) if b is not None}
-    both = bases | {g.dtype}
-    fits = torch.float64 not in both and (torch.float16 not in both or len(both) == 1)
-    return len(bases) == 1 and fits and g.numel() > 0
+    from spectral_ops.kernels import launch
+
+    bases = [b for b in (b_c, b_k) if b is not None]
+    dtypes = {b.dtype for b in bases}
+    both = dtypes | {g.dtype}
+    if len(dtypes) != 1 or torch.float64 in both or (torch.float16 in both and len(both) > 1) or g.numel() == 0:
+        return False
+    n, m = g.shape[-2:]
+    return launch.pick("root", min(n, m), max(n, m), g.shape[:-2].numel(), bases[0]) is not None
 
 
 _apply_root = define(

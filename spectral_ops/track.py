@@ -74,7 +74,7 @@ def _cayley_track_kernel(
         new_b, new_d, new_r = _cayley_track_kernel(b.float(), x.float(), d, r, limit, order, None)
         return new_b.to(b.dtype), new_d, new_r.to(b.dtype if residual is None else residual.dtype)
     shape, n = b.shape, b.shape[-1]
-    if launch.pick("turn", n, n, shape[:-2].numel(), b) is None or (residual is not None and residual.dtype != b.dtype):
+    if launch.pick("cayley", n, n, shape[:-2].numel(), b) is None or (residual is not None and residual.dtype != b.dtype):
         return NotImplemented
     b3, x3, d2 = matrices(b).contiguous(), matrices(x).to(b.dtype).contiguous(), vectors(d).float()
     none: launch.Sides = (None, None)

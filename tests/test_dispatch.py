@@ -77,3 +77,19 @@ def test_recording_without_running_takes_meta_tensors_and_another_gpus_tiles():
     size = -(-256 // tile.block)
     assert launches[0].programs == 3 * size * (size + 1) // 2
     assert launch.pick("gram", 256, 64, 3, x) == config.Config(32, 32, 4, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 4096), (16, 2048, 512), (2, 33, 33)])
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("basis", [torch.bfloat16, torch.float32])
+def test_the_shape_function_knows_how_many_sums_of_squares_there_are(shape, sides, basis):
+    from spectral_ops.kernels import rotate
+
+    batch, n, m = shape
+    g, d_c, d_k, alpha = (torch.empty(*s, device="meta") for s in (shape, (batch, n), (batch, m), (batch,)))
+    b_c, b_k = (
+        torch.empty(batch, k, k, dtype=basis, device="meta") if p else None for k, p in zip((n, m), sides, strict=True)
+    )
+    with recording(run=False, assume=(9, 0)):
+        _, squares = rotate.apply_root(g, b_c, d_c, b_k, d_k, alpha, 2.0)
+        assert squares.shape == (batch, rotate.root_parts(g, b_c, b_k))
