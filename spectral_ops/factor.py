@@ -1,9 +1,11 @@
 """Inverse-free update of a square factor."""
 
+import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, numbers
 from spectral_ops._library import define
 
 
@@ -11,7 +13,21 @@ def _fake(k: Tensor, *_: object) -> Tensor:
     return k.new_empty(k.shape)
 
 
-_factor_update = define("factor_update(Tensor k, Tensor m, Tensor step) -> Tensor", reference.factor_update, _fake)
+def _kernel(k: Tensor, m: Tensor, step: Tensor) -> Tensor:
+    from spectral_ops.kernels import factor, launch
+
+    dtypes = {k.dtype, m.dtype}
+    split = len(dtypes) > 1
+    if split and dtypes != {torch.float32, torch.bfloat16}:
+        return NotImplemented
+    k3, m3, n = matrices(k), matrices(m), k.shape[-1]
+    config = launch.pick("factor", n, n, len(k3), m3 if k.dtype == torch.bfloat16 else k3, split=split)
+    if config is None:
+        return NotImplemented
+    return factor.factor_update(k3, m3, numbers(step, k.shape[:-2]), config).view(k.shape)
+
+
+_factor_update = define("factor_update(Tensor k, Tensor m, Tensor step) -> Tensor", reference.factor_update, _fake, _kernel)
 
 
 def factor_update(k: Tensor, m: Tensor, step: float | Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import matrices, numbers
 from spectral_ops._library import define
 
 
@@ -16,7 +17,13 @@ def _fake(x: Tensor, seed: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bfloat16)
 
 
-_stochastic_round = define("stochastic_round(Tensor x, Tensor seed) -> Tensor", _impl, _fake)
+def _kernel(x: Tensor, seed: Tensor) -> Tensor:
+    from spectral_ops.kernels import rounding
+
+    return rounding.stochastic_round(matrices(x).contiguous(), numbers(seed, x.shape[:-2])).view(x.shape)
+
+
+_stochastic_round = define("stochastic_round(Tensor x, Tensor seed) -> Tensor", _impl, _fake, _kernel)
 
 
 def stochastic_round(x: Tensor, seed: int | Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Eigenvalues and scale of a Kronecker factor pair."""
 
+import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
 from spectral_ops import reference
+from spectral_ops._batches import numbers, vectors
 from spectral_ops._library import define
 
 
@@ -11,11 +13,35 @@ def _fake(d_c: Tensor, d_k: Tensor, alpha: Tensor, *_: object) -> tuple[Tensor, 
     return d_c.new_empty(d_c.shape), d_k.new_empty(d_k.shape), alpha.new_empty(alpha.shape)
 
 
+def _kernel(
+    d_c: Tensor,
+    d_k: Tensor,
+    alpha: Tensor,
+    w_c: Tensor,
+    w_k: Tensor,
+    beta2: Tensor,
+    gamma: float,
+    damping: float,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from spectral_ops.kernels import spectrum
+
+    batch = d_c.shape[:-1]
+    if 0 in (d_c.shape[-1], d_k.shape[-1]) or any(x.dtype == torch.float64 for x in (d_c, d_k, alpha, w_c, w_k, beta2)):
+        return NotImplemented
+    scale, beta2 = numbers(alpha, batch), numbers(beta2, batch)
+    c, k, scale = spectrum.spectrum_update(
+        vectors(d_c), vectors(d_k), scale, vectors(w_c), vectors(w_k), beta2, gamma, damping, exact
+    )
+    return c.view(d_c.shape), k.view(d_k.shape), scale.view(alpha.shape)
+
+
 _spectrum_update = define(
     "spectrum_update(Tensor d_c, Tensor d_k, Tensor alpha, Tensor diag_w_c, Tensor diag_w_k, Tensor beta2,"
     " float gamma, float damping, bool exact) -> (Tensor, Tensor, Tensor)",
     reference.spectrum_update,
     _fake,
+    _kernel,
 )
 
 
