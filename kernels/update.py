@@ -15,7 +15,7 @@ from spectral_ops.kernels.config import Config
 from spectral_ops.kernels.launch import cdiv, launch
 
 ELEMENTWISE = Config(1024, 0, 4, 1)
-CHUNK = 8 * ELEMENTWISE.block  # elements of a program
+CHUNK = 8 * ELEMENTWISE.block  # elements that a program steps through
 EPSILON = tl.constexpr(1e-8)  # as in `reference.RMS_EPSILON`
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLES = 256  # tables that are remembered
@@ -34,15 +34,15 @@ def table(key: Hashable, values: Callable[[], list[int]], device: torch.device) 
         entry = host, host.to(device, non_blocking=True)
         if not capturing:  # else only replays make the copy
             if len(_tables) == TABLES:
-                del _tables[next(iter(_tables))]
+                _tables.pop(next(iter(_tables)))
             _tables[key, device] = entry
     if capturing:
         _captured.append(entry)  # the graph reads it for as long as it lives
     return entry[1]
 
 
-def rate(lr: Tensor, device: torch.device) -> Tensor | float:
-    """The learning rate as a kernel takes it: a tensor on its device is read there, another goes by its value."""
+def learning_rate(lr: Tensor, device: torch.device) -> Tensor | float:
+    """As a kernel takes it: a tensor on its device is read there, another goes by its value."""
     return lr if lr.device == device else lr.item()
 
 
@@ -87,7 +87,7 @@ def momentum(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: 
     return direction
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _parameter_update(
     pointers, u, squares, parts, finite, lr, weight_decay, target, size,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, LOAD_LR: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -120,13 +120,13 @@ def parameter_update(
     """`params` are contiguous, `(count, n, m)` or `(n, m)`, of one dtype; together as many matrices as `u` `(b, n, m)`.
     `squares` is `(b, parts)`, float32, `finite` `(b,)`; `lr` has one element."""
     batch, n, m = u.shape
-    lr_or_number = rate(lr, u.device)
+    rate = learning_rate(lr, u.device)
     blocks = tuple((p.data_ptr(), p.numel() // (n * m)) for p in params)
     stride = n * m * params[0].element_size()
     launch(
         _parameter_update, batch * cdiv(n * m, CHUNK), ELEMENTWISE,
         pointers=table((blocks, stride), lambda: [p + i * stride for p, count in blocks for i in range(count)], u.device),
-        u=u, squares=squares, parts=squares.shape[1], finite=finite, lr=lr_or_number, weight_decay=weight_decay, target=target,
+        u=u, squares=squares, parts=squares.shape[1], finite=finite, lr=rate, weight_decay=weight_decay, target=target,
         size=n * m, TYPE=TYPES[params[0].dtype], ALIGNED=all(p % 16 == 0 for p, _ in blocks) and stride % 16 == 0,
-        LOAD_LR=isinstance(lr_or_number, Tensor), NORMALIZE=normalize, CHUNK=CHUNK, BLOCK=ELEMENTWISE.block,
+        LOAD_LR=isinstance(rate, Tensor), NORMALIZE=normalize, CHUNK=CHUNK, BLOCK=ELEMENTWISE.block,
     )  # fmt: skip

@@ -5,6 +5,7 @@ optimizers built on them are in `spectral_ops.optim`.
 """
 
 from spectral_ops.cayley import cayley, cayley_truncated, cayley_update
+from spectral_ops.diagonal import diagonal_update
 from spectral_ops.factor import factor_update
 from spectral_ops.gram import gram
 from spectral_ops.kron import kron_track
@@ -23,6 +24,7 @@ __all__ = [
     "cayley_track",
     "cayley_truncated",
     "cayley_update",
+    "diagonal_update",
     "factor_update",
     "gram",
     "gram_skew",

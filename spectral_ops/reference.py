@@ -355,7 +355,7 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
     keep(finite, buffer, old.lerp(g, 1 - decay))
     direction = raised(buffer)
     direction = g.lerp(direction, decay) if nesterov else direction
-    return torch.where(block(finite), direction, 0)
+    return torch.where(block(finite), direction, 0).contiguous()
 
 
 RMS_EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
@@ -390,13 +390,13 @@ def diagonal_update(
     seconds: list[Tensor],
     lr: Tensor,
     step: Tensor,
-    rule: str,
     beta1: float,
     beta2: float,
     gamma: float,
     eps: float,
     weight_decay: float,
     batch_size: float,
+    rule: str,
     maximize: bool,
 ) -> None:
     for p, g, m, s in zip(params, grads, momenta, seconds, strict=True):

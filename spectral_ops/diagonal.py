@@ -1,0 +1,125 @@
+"""Elementwise optimizers for what is no matrix: with and without the square root."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_ops import _checks as check
+from spectral_ops import reference
+from spectral_ops._library import define
+
+RULES = ("adamw", "rf")
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+def _kernel(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    seconds: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    *options: Any,
+) -> None:
+    from spectral_ops.kernels import diagonal
+
+    lists = (params, grads, momenta, seconds)
+    dtypes = [{x.dtype for x in tensors} for tensors in lists]
+    contiguous = all(x.is_contiguous() for tensors in lists for x in tensors)
+    if not contiguous or any(len(kinds) != 1 or torch.float64 in kinds for kinds in dtypes):
+        return NotImplemented
+    torch.autograd.graph.increment_version(params)
+    diagonal.diagonal_step(*lists, lr, step, *options)
+
+
+_diagonal_update = define(
+    "diagonal_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] seconds, Tensor lr, Tensor step,"
+    " float beta1, float beta2, float gamma, float eps, float weight_decay, float batch_size, str rule, bool maximize) -> ()",
+    reference.diagonal_update,
+    _fake,
+    _kernel,
+)
+
+
+def diagonal_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    *,
+    rule: str,
+    betas: tuple[float, float],
+    gamma: float = 1.0,
+    eps: float,
+    weight_decay: float = 0.0,
+    batch_size: float = 1.0,
+    maximize: bool = False,
+) -> None:
+    """One step of an elementwise optimizer for any number of tensors, in place.
+
+    `rule="rf"`, root-free (Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods?", Fig. 4 and 6):
+
+        s ← (1 − (1 − β₂) γ) s + (1 − β₂) · batch_size · g²        s starts at 1; the paper's β₂ is 1 − β₂ here
+        m ← β₁ m + g / (s + eps) + weight_decay · p
+        p ← p − lr · m
+
+    which is RF-RMSProp for `γ = 1` and RF-AdaGrad for `γ = 0`. `rule="adamw"` is `torch.optim.AdamW`.
+    Not differentiable: parameters that require a gradient are changed under `torch.no_grad()`.
+
+    Args:
+        params, grads, momenta, seconds: lists of equal length; the four tensors of a parameter have one shape, any dtypes.
+            All but the gradients are changed.
+        lr: a tensor of one element, on the CPU or where the parameters are; there it is read without a synchronisation.
+        step: float32, one element, where the parameters are: the number of this step, from 1. Only "adamw" reads it.
+        rule: "rf" or "adamw".
+        betas: decay of `m`, decay of `s`.
+        gamma: `γ`, only of "rf".
+        eps: beside `s` ("rf") or its root ("adamw").
+        weight_decay: as above; in "adamw" decoupled.
+        batch_size: over which the loss is a mean, only of "rf".
+        maximize: ascend.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value, in a sentence that names the argument.
+
+    Computed in float32 (float64 for float64); each result is rounded once.
+    """
+    op = "diagonal_update"
+    params, grads, momenta, seconds = list(params), list(grads), list(momenta), list(seconds)
+    for name, tensors in (("grads", grads), ("momenta", momenta), ("seconds", seconds)):
+        if len(tensors) != len(params):
+            raise ValueError(f"{op}: `{name}` must be as long as `params`, {len(params)}, got {len(tensors)}")
+    for i, p in enumerate(params):
+        check.shaped(p, f"params[{i}]", op, p.shape, params[0])
+        for name, tensors in (("grads", grads), ("momenta", momenta), ("seconds", seconds)):
+            check.shaped(tensors[i], f"{name}[{i}]", op, p.shape, p)
+    check.choice(rule, "rule", op, RULES)
+    for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
+        if not 0 <= value < 1:
+            raise ValueError(f"{op}: `{name}` must be in [0, 1), got {value}")
+    check.not_negative(eps, "eps", op)
+    check.not_negative(weight_decay, "weight_decay", op)
+    if rule == "adamw" and (gamma != 1 or batch_size != 1):
+        raise ValueError(f'{op}: `gamma` and `batch_size` belong to rule="rf", got {gamma} and {batch_size} with "adamw"')
+    if not params:
+        return
+    check.tensor(lr, "lr", op)
+    if lr.numel() != 1 or lr.device not in (params[0].device, torch.device("cpu")):
+        raise ValueError(f"{op}: `lr` must have one element, got shape {tuple(lr.shape)} on {lr.device}")
+    check.tensor(step, "step", op)
+    if step.dtype != torch.float32 or step.numel() != 1 or step.device != params[0].device:
+        raise ValueError(
+            f"{op}: `step` must be one float32 element on {params[0].device}, got {step.dtype} of shape {tuple(step.shape)} "
+            f"on {step.device}"
+        )
+    _diagonal_update(
+        params, grads, momenta, seconds, lr.reshape(()), step.reshape(()), float(betas[0]), float(betas[1]), float(gamma),
+        float(eps), float(weight_decay), float(batch_size), rule, maximize,
+    )  # fmt: skip
