@@ -16,7 +16,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 # `kernels/` and `optim/` at the root must not be importable under their own names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup train test bench lint typecheck clean
+.PHONY: help setup train test bench aot gpu lint typecheck clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,15 @@ test: lint ## lint and run the tests
 
 bench: $(READY) ## time one optimizer step of each method
 	$(RUN) -m spectral_ops.bench steps $(ARGS)
+
+aot: $(READY) ## compile every kernel for GPUs that need not be there; fails on spills and the like
+	$(RUN) -m spectral_ops.bench aot $(ARGS)
+
+# Nothing is installed: the interpreter has torch and triton, and the folders come together under one import name.
+gpu: ## on a GPU, with $(PYTHON)'s own torch and triton: checks, timings, tiles, all to $$OUT
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && mkdir "$$site/spectral_ops" && \
+	ln -s "$(CURDIR)"/spectral_ops/* "$(CURDIR)/kernels" "$(CURDIR)/optim" "$(CURDIR)/bench" "$$site/spectral_ops" && \
+	PYTHONPATH="$$site" $(PYTHON) -m spectral_ops.bench gpu $(ARGS)
 
 lint: $(READY) ## ruff
 	$(RUN) -m ruff check .

@@ -7,6 +7,11 @@ COMMANDS = {
     "train": "train a task with each method and compare",
     "steps": "time one optimizer step of each method",
     "search": "tune one method on one task",
+    "costs": "count operations and bytes of every operation",
+    "aot": "compile every kernel ahead of time and check it",
+    "kernels": "time every operation on a GPU",
+    "tune": "find the fastest tiles on a GPU",
+    "gpu": "everything that needs a GPU: checks, timings, tiles",
 }
 
 

@@ -1,7 +1,7 @@
 """Every operation that has kernels, once: its inputs, the launches, its meaning, the plain PyTorch composition, its cost.
 
-What compiles kernels ahead of time, checks them, times them and counts their work all go through `CASES`. A `run` may write
-into its arguments, as an optimizer's step does: give it a `fresh` copy where they are needed again.
+What compiles kernels ahead of time, checks them, times them and counts their work all go through `CASES`. `run` and `eager`
+may write into their arguments, as an optimizer's step does: give them a `fresh` copy where those are needed again.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spectral_ops import reference
 from spectral_ops._library import KERNELS
-from spectral_ops.kernels import average, cayley, gram, rotate, skew, track
+from spectral_ops.kernels import average, cayley, diagonal, factor, gram, rotate, rounding, skew, spectrum, track, update
 from spectral_ops.kernels.config import Config
-from spectral_ops.kernels.launch import cdiv, pick
+from spectral_ops.kernels.launch import Sides, cdiv, pick
 
 Arguments = dict[str, Any]
 Results = dict[str, Tensor]
@@ -60,7 +60,7 @@ SINGLE = ("fp32", "fp32 high", "fp32 medium")
 
 
 class Work(NamedTuple):
-    """Floating-point operations, and bytes of device memory read and written."""
+    """Floating-point operations in matrix products, and bytes of device memory read and written."""
 
     flops: float
     bytes: float
@@ -174,6 +174,42 @@ class Case:
         raise NotImplementedError
 
 
+class Judgement(NamedTuple):
+    """A result against float64; `verdict` says what is wrong with it, and is empty where nothing is."""
+
+    result: str
+    error: float
+    eager: float
+    bound: float
+    verdict: str
+
+
+def unit(operands: Operands) -> float:
+    """The error that no comparison with the composition is needed for."""
+    return max(torch.finfo(operands.dtype).eps, 5e-7)
+
+
+def relative_error(x: Tensor, wanted: Tensor) -> float:
+    """In the Frobenius norm; of integers and booleans, 0 or infinite."""
+    if not x.is_floating_point():
+        return 0.0 if torch.equal(x, wanted) else math.inf
+    norm = torch.linalg.vector_norm(wanted).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(torch.linalg.vector_norm(x.double() - wanted) / norm)
+
+
+def judged(case: Case, results: Results, eager: Results, wanted: Results, unit: float) -> Iterator[Judgement]:
+    """Each result: its error may be twice the composition's in the same dtypes, and a unit."""
+    for name, x in results.items():
+        error, yardstick = relative_error(x, wanted[name]), relative_error(eager[name], wanted[name])
+        bound = 2 * yardstick + unit
+        faults = [] if error <= bound else [f"error {error:.1e} over {bound:.1e}"]  # NaN is not under it
+        if name in case.symmetric and not torch.equal(x, x.mT):
+            faults.append("not symmetric")
+        if name in case.skew and not torch.equal(x, -x.mT):
+            faults.append("not skew")
+        yield Judgement(name, error, yardstick, bound, ", ".join(faults))
+
+
 # --- Gram matrices and generators ---------------------------------------------------------------------------------------
 
 
@@ -241,7 +277,7 @@ class SkewGenerator(Case):
         return {"u": reference.skew_generator(**upcast(arguments), tol=TOL)}
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
-        return Work(4 * n * n, size * 3 * n * n // 2 + 4 * n)  # the lower half is read
+        return Work(0, size * 2 * n * n + 4 * n)
 
 
 class Track(Case):
@@ -268,7 +304,7 @@ class Track(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         x, weight, diag, old, keep = arguments.values()
-        new = tuple(None if r is None else torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in old)
+        new = _empty(old)
         tile = _tile("track", x.mT if self.both and x.shape[1] < x.shape[2] else x, config)
         out = track.track(x, weight, diag, old, new, keep, None, EPSILON, x.dtype, tile)
         return _sided(x=out, r=new)
@@ -289,7 +325,7 @@ class Track(Case):
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
         sides = [(n, m), (m, n)][: self.count]
-        squares = sum(5 * a * a // 2 for a, _ in sides)  # the lower half of the old residual, both halves of the results
+        squares = sum(3 * a * a for a, _ in sides)
         return Work(sum(lower(a, k) for a, k in sides), size * (n * m + squares) + 4 * sum(a + k for a, k in sides))
 
 
@@ -354,7 +390,7 @@ class CayleyTrack(Case):
             seed = (None, None)
         f = cayley.generator_map(b, x, self.order, limit=LIMIT, config=config)
         turned, v = cayley.turn(b, f, residual=residual, diag=diag, seed=seed, config=config)
-        d, r = (tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in pair) for pair in (diag, residual))
+        d, r = _empty(diag), _empty(residual)
         cayley.conjugate(f, v, diag, d, r, seed=seed, config=config)
         return _sided(b=turned, d=d, r=r)
 
@@ -386,7 +422,7 @@ class CayleyTrack(Case):
         return results
 
     def reference(self, arguments: Arguments) -> Results:
-        results = {}
+        results: Results = {}
         for side, (b, x, d, residual, _) in enumerate(zip(*upcast(arguments).values(), strict=True)):
             turned = reference.cayley_track(b, x, d, residual, LIMIT, self.order, None)
             results |= {f"{name}{side}": value for name, value in zip("bdr", turned, strict=True) if value is not None}
@@ -402,16 +438,14 @@ class CayleyTrack(Case):
 
 
 def _map_work(n: int, order: int, size: int) -> Work:
-    """Of `generator_map` with its correction, for one matrix; the lower halves of `X²`, `X⁴` and so on are read elementwise."""
-    matrix = size * n * n
-    square, map2 = Work(lower(n, n), 2 * matrix), Work(lower(n, n), 4 * matrix)
-    finish = Work(full(n, n, n), 4 * matrix)
+    """Of `generator_map` with its correction, for one matrix."""
+    matrix, products = size * n * n, lower(n, n)
+    square, even, finish = Work(products, 2 * matrix), Work(products, 3 * matrix), Work(full(n, n, n), 4 * matrix)
     if order == 2:
-        return square + map2
+        return square + Work(products, 4 * matrix)
     if order == 4:
-        return square + map2 + Work(0, matrix) + finish
-    even = Work(lower(n, n), 3 * matrix)
-    return square.times(2) + even + map2 + Work(0, 2 * matrix) + finish
+        return square + Work(products, 5 * matrix) + finish
+    return square.times(2) + even + Work(products, 6 * matrix) + finish
 
 
 # --- Into the bases and back --------------------------------------------------------------------------------------------
@@ -484,8 +518,7 @@ class Average(Case):
     """The eigenvalues of both sides. Advances its arguments in place."""
 
     name, operands = "average", ("fp32",)
-    settings = {"beta": 0.5, "damping": 1e-3, "relative_floor": 1e-6}  # noqa: RUF012
-    streams = (2**60 + 1, 2**61 + 1)
+    beta, damping, relative_floor, streams = 0.5, 1e-3, 1e-6, (2**60 + 1, 2**61 + 1)
 
     def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
         down, across = cdiv(n, BLOCK), cdiv(m, BLOCK)
@@ -500,7 +533,10 @@ class Average(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         rows, cols, squares, *state = arguments.values()
-        result = average.average((rows, cols, squares), *state, **self.settings, streams=self.streams)
+        result = average.average(
+            (rows, cols, squares), *state,
+            beta=self.beta, damping=self.damping, relative_floor=self.relative_floor, streams=self.streams,
+        )  # fmt: skip
         changed = {name: arguments[name] for name in ("d_c", "d_k", "scale", "step", "updates")}
         return changed | {name: value for name, value in result._asdict().items() if value is not None}
 
@@ -512,17 +548,17 @@ class Average(Case):
         usable = finite & (square > 0)
         updates = updates + usable
         alpha = torch.where(usable & (updates <= 1), square / (n * m), scale)
-        beta = (1 / (updates + 1)).clamp(min=self.settings["beta"])
+        beta = (1 / (updates + 1)).clamp(min=self.beta)
         diag, keep, floor, logs = [], [], [], []
         for parts, d, other in ((rows, d_c, d_k), (cols, d_k, d_c)):
             new = parts.sum(1) / (alpha * other.shape[-1])[:, None]
-            new = new + (self.settings["damping"] * other.reciprocal().mean(-1) / alpha)[:, None]
+            new = new + (self.damping * other.reciprocal().mean(-1) / alpha)[:, None]
             new = torch.where(usable[:, None], torch.lerp(d, new, beta[:, None]), d)
             log = new.log().mean(-1)
             shrink = torch.where(usable, torch.exp(-log), 1)
             diag.append(new * shrink[:, None])
             keep.append((1 - beta) * shrink)
-            floor.append(torch.where(usable, self.settings["relative_floor"] * diag[-1].amax(-1), 0))
+            floor.append(torch.where(usable, self.relative_floor * diag[-1].amax(-1), 0))
             logs.append(log)
         shrinks = [k / (1 - beta) for k in keep]
         first = seed + updates.long() * self.streams[0]
@@ -539,7 +575,7 @@ class Average(Case):
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
         down, across = cdiv(n, BLOCK), cdiv(m, BLOCK)
         read, written = across * n + down * m + down * across + n + m, 3 * (n + m)
-        return Work(read + 10 * (n + m), 4 * (read + written))
+        return Work(0, 4 * (read + written))
 
 
 class KronTrack(Case):
@@ -562,7 +598,7 @@ class KronTrack(Case):
         return self._results(KERNELS["kron_track"], arguments)
 
     def eager(self, arguments: Arguments) -> Results:
-        return self._results(reference.kron_track, fresh(arguments))
+        return self._results(reference.kron_track, arguments)
 
     def _results(self, op: Callable[..., Tensor], arguments: Arguments) -> Results:
         if arguments["basis_c"].dtype != torch.bfloat16:
@@ -576,6 +612,175 @@ class KronTrack(Case):
         return sum((case.matrix_work(n, m, size, gradient) for case in pieces), move)
 
 
+# --- Factors, eigenvalues, parameters -----------------------------------------------------------------------------------
+
+
+class FactorUpdate(Case):
+    name = "factor_update"
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        k, momentum = (make.normal(batch, n, n) / math.sqrt(n) for _ in range(2))
+        return {"k": k.to(operands.dtype), "m": momentum.to(operands.dtype), "step": make.uniform(batch)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return {"k": factor.factor_update(**arguments, config=_tile("factor", arguments["k"], config))}
+
+    def eager(self, arguments: Arguments) -> Results:
+        k, m, step = arguments.values()
+        bounded = step / torch.linalg.vector_norm(m, dim=(-2, -1)).clamp(min=1)
+        return {"k": k - bounded[:, None, None].to(k.dtype) * (k @ m)}
+
+    def reference(self, arguments: Arguments) -> Results:
+        return {"k": reference.factor_update(**upcast(arguments))}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(full(n, n, n), size * 4 * n * n)
+
+
+class SpectrumUpdate(Case):
+    """The paper's eigenvalues, by its exact map."""
+
+    name, operands = "spectrum_update", ("fp32",)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {
+            "d_c": make.spectrum(batch, n), "d_k": make.spectrum(batch, m), "alpha": make.uniform(batch),
+            "w_c": m * make.uniform(batch, n), "w_k": n * make.uniform(batch, m), "beta2": 0.1 * make.uniform(batch),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return self._results(spectrum.spectrum_update, arguments)
+
+    def eager(self, arguments: Arguments) -> Results:
+        return self._results(reference.spectrum_update, arguments)
+
+    def _results(self, op: Callable[..., Any], arguments: Arguments) -> Results:
+        return dict(zip(("d_c", "d_k", "alpha"), op(**arguments, gamma=1.0, damping=0.0, exact=True), strict=True))
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(0, 4 * 3 * (n + m))
+
+
+class StochasticRound(Case):
+    """To the reference's bits; the composition draws its own."""
+
+    name, operands = "stochastic_round", ("fp32",)
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {"x": make.normal(batch, n, m), "seed": make.seeds(batch)}
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        return {"x": rounding.stochastic_round(**arguments)}
+
+    def eager(self, arguments: Arguments) -> Results:
+        bits = arguments["x"].view(torch.int32)
+        return {"x": ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).bfloat16()}
+
+    def reference(self, arguments: Arguments) -> Results:
+        return {"x": reference.stochastic_round(**arguments).double()}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(0, 6 * n * m)
+
+
+class Momentum(Case):
+    """Nesterov's, in place."""
+
+    name, operands = "momentum", ("bf16", "split", "fp32")
+    decay = 0.9
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        return {
+            "buffer": make.normal(batch, n, m, dtype=operands.dtype),
+            "g": make.normal(batch, n, m, dtype=operands.gradient),
+            "finite": make.uniform(batch) > 0,
+        }
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        direction = update.momentum(**arguments, decay=self.decay, nesterov=True, maximize=False)
+        return {"buffer": arguments["buffer"], "direction": direction}
+
+    def eager(self, arguments: Arguments) -> Results:
+        buffer, g, finite = arguments.values()
+        g, finite = reference.raised(g), finite[:, None, None]
+        buffer.copy_(torch.where(finite, torch.lerp(reference.raised(buffer), g, 1 - self.decay), buffer))
+        return {"buffer": buffer, "direction": torch.where(finite, torch.lerp(g, reference.raised(buffer), self.decay), 0)}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(0, (2 * size + gradient + 4) * n * m)
+
+
+class ParameterUpdate(Case):
+    """Norm limit, decoupled decay and learning rate, in place, wherever the parameters lie."""
+
+    name, operands = "parameter_update", ("bf16", "split", "fp32")
+    weight_decay, target = 0.1, 0.2
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        u = make.normal(batch, n, m, dtype=operands.gradient)
+        return {
+            "params": tuple(make.normal(n, m, dtype=operands.dtype) for _ in range(batch)), "u": u,
+            "squares": u.float().square().sum((-2, -1))[:, None], "finite": make.uniform(batch) > 0, "lr": make.uniform(1),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        update.parameter_update(**arguments, weight_decay=self.weight_decay, normalize="rms", target=self.target)
+        return _numbered(p=arguments["params"])
+
+    def eager(self, arguments: Arguments) -> Results:
+        params, u, squares, finite, lr = arguments.values()
+        rms = (squares.sum(-1) / u[0].numel()).sqrt() + 1e-8
+        u = u * torch.where(finite, self.target / rms, 0)[:, None, None]
+        for p, x in zip(params, u, strict=True):
+            p.sub_(lr * (x + self.weight_decay * p))
+        return _numbered(p=params)
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(0, (2 * size + gradient) * n * m)
+
+
+class DiagonalStep(Case):
+    """AdamW on many tensors, in place."""
+
+    name, operands = "diagonal_step", ("bf16", "split", "fp32")
+    beta1, beta2, eps, weight_decay = 0.9, 0.95, 1e-8, 0.1
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
+            return tuple(make.normal(n, m, dtype=dtype) for _ in range(batch))
+
+        return {
+            "params": tensors(operands.dtype), "grads": tensors(operands.gradient), "momenta": tensors(torch.float32),
+            "seconds": tuple(x.square() for x in tensors(torch.float32)),
+            "lr": torch.full((), 1e-2, device=make.device), "step": torch.full((), 5.0, device=make.device),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        diagonal.diagonal_step(
+            **arguments, beta1=self.beta1, beta2=self.beta2, gamma=1.0, eps=self.eps,
+            weight_decay=self.weight_decay, batch_size=1.0, rule="adamw", maximize=False,
+        )  # fmt: skip
+        return _numbered(p=arguments["params"], m=arguments["momenta"], s=arguments["seconds"])
+
+    def eager(self, arguments: Arguments) -> Results:
+        params, grads, momenta, seconds, lr, step = arguments.values()
+        grads = [reference.raised(g) for g in grads]
+        torch._foreach_lerp_(momenta, grads, 1 - self.beta1)
+        torch._foreach_mul_(seconds, self.beta2)
+        torch._foreach_addcmul_(seconds, grads, grads, value=1 - self.beta2)
+        roots = torch._foreach_sqrt(seconds)
+        torch._foreach_div_(roots, (1 - self.beta2**step).sqrt())
+        torch._foreach_add_(roots, self.eps)
+        updates = torch._foreach_div(momenta, roots)
+        torch._foreach_mul_(updates, -lr / (1 - self.beta1**step))
+        torch._foreach_mul_(params, 1 - lr * self.weight_decay)
+        torch._foreach_add_(params, updates)
+        return _numbered(p=params, m=momenta, s=seconds)
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(0, (2 * size + gradient + 16) * n * m)
+
+
 # --- Shared --------------------------------------------------------------------------------------------------------------
 
 
@@ -587,8 +792,17 @@ def _tile(op: str, x: Tensor, config: Config | None) -> Config:
     return tile
 
 
+def _empty(pair: Sides) -> Sides:
+    left, right = (None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in pair)
+    return left, right
+
+
 def _sided(**pairs: Any) -> Results:
     return {f"{name}{side}": x for name, pair in pairs.items() for side, x in enumerate(pair) if x is not None}
+
+
+def _numbered(**lists: tuple[Tensor, ...]) -> Results:
+    return {f"{name}{i}": x for name, tensors in lists.items() for i, x in enumerate(tensors)}
 
 
 def _weighted(x: Tensor, scale: Tensor) -> Tensor:
@@ -607,6 +821,7 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Gram(), GramSkew(), SkewGenerator(), Track(both=False), Track(both=True), CayleyUpdate(),
-        *(CayleyTrack(order) for order in (2, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(),
+        *(CayleyTrack(order) for order in (2, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(),
+        SpectrumUpdate(), StochasticRound(), Momentum(), ParameterUpdate(), DiagonalStep(),
     )
 }  # fmt: skip

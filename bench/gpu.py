@@ -1,0 +1,350 @@
+"""Everything that only a GPU can answer, in one command of at most nine minutes: correctness, timings, the tiles' table.
+
+make gpu
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_ops import reference
+from spectral_ops._library import without_kernels
+from spectral_ops.bench import kernels, report, steps, tune
+from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judged, unit
+from spectral_ops.bench.tasks import Text
+from spectral_ops.kernels import rounding, update
+from spectral_ops.optim import SpectralKron
+
+SHAPES = (
+    (1, 1, 1), (2, 7, 3), (7, 2, 3), (16, 33, 3), (33, 16, 2), (64, 64, 3), (64, 100, 1), (100, 64, 3), (128, 250, 2),
+    (250, 128, 1), (512, 512, 2), (512, 1000, 1), (1000, 512, 1), (1024, 1024, 2), (2048, 1024, 1), (4096, 4096, 1),
+    (8192, 8192, 1),
+)  # fmt: skip
+LARGE, LARGE_OPS = 8192, ("gram", "gram_skew", "rotate")  # at this size only these, in their first operands
+BITS_SHAPES = ((250, 128, 3), (1024, 768, 2))
+REPEATS = 100
+ROUNDED = (3, 256, 512)  # the shape of all numbers that are rounded
+WORKERS = 12
+PRINTED = 12_000  # characters of the summary
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result of one operation; `verdict` says what is wrong, and is empty where nothing is."""
+
+    kind: str
+    op: str
+    operands: str
+    n: int
+    m: int
+    batch: int
+    result: str
+    error: float
+    eager: float
+    bound: float
+    verdict: str
+
+
+@dataclass
+class Findings:
+    """What the sections leave behind."""
+
+    checks: list[Check] = field(default_factory=list)
+    timings: list[kernels.Timing] = field(default_factory=list)
+    steps: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+# --- Correctness --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that an element no program wrote shows."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77 if x.dtype != torch.bool else 1)
+
+    torch.empty = filled
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def check_case(op: str, operands: str, shapes: Iterable[tuple[int, int, int]], device: str, deadline: float) -> list[Check]:
+    """An operation against float64, its outputs poisoned beforehand."""
+    case, kind, checks = CASES[op], OPERANDS[operands], []
+    for shape in shapes:
+        row = partial(Check, "float64", op, operands, *shape)
+        if time.time() > deadline:
+            checks.append(row("", 0, 0, 0, "not run"))
+            continue
+        try:
+            with kind.setting(), torch.no_grad():
+                arguments = case.arguments(*shape, kind, device)
+                wanted, eager = case.reference(arguments), case.eager(fresh(arguments))
+                with poisoned():
+                    results = case.run(fresh(arguments))
+                checks += [row(*verdict) for verdict in judged(case, results, eager, wanted, unit(kind))]
+        except Exception as error:  # the other shapes still count
+            checks.append(row("", float("nan"), 0, 0, f"{type(error).__name__}: {str(error)[:300]}"))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return checks
+
+
+def shapes_of(op: str, operands: str) -> list[tuple[int, int, int]]:
+    large = op in LARGE_OPS and operands == CASES[op].operands[0]
+    return [shape for shape in SHAPES if max(shape) < LARGE or large]
+
+
+def _check_job(job: tuple[str, str, float]) -> list[Check]:
+    op, operands, deadline = job
+    return check_case(op, operands, shapes_of(op, operands), "cuda", deadline)
+
+
+def correctness(found: Findings, deadline: float) -> None:
+    """From many processes, since most of the time goes into compiling; a process that is lost loses one job."""
+    jobs = [(op, operands, deadline) for operands in OPERANDS for op in CASES if operands in CASES[op].operands]
+    with multiprocessing.get_context("spawn").Pool(WORKERS, maxtasksperchild=1) as pool:
+        waiting = [(job, pool.apply_async(_check_job, (job,))) for job in jobs]
+        for (op, operands, _), result in waiting:
+            try:
+                found.checks += result.get(max(1.0, deadline + 30 - time.time()))
+            except multiprocessing.TimeoutError:
+                found.checks.append(Check("float64", op, operands, 0, 0, 0, "", 0, 0, 0, "no answer: hung or lost"))
+
+
+# --- Bits ---------------------------------------------------------------------------------------------------------------
+
+
+def every_bfloat16(device: str) -> Tensor:
+    """Float32 numbers at, just beside and halfway between all bfloat16 ones, with infinities and NaN."""
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    return (high[:, None] | low).flatten().view(torch.float32).to(device)
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Bit for bit."""
+    return x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def same_or_nan(x: Tensor, y: Tensor) -> bool:
+    """Bit for bit, but for what kind of NaN."""
+    return torch.equal(x.isnan(), y.isnan()) and same(x.masked_fill(x.isnan(), 0), y.masked_fill(y.isnan(), 0))
+
+
+def roundings(found: Findings, device: str) -> None:
+    """Both roundings to bfloat16, to the bit, for every bfloat16 and its neighbourhood."""
+    x = every_bfloat16(device)
+    row = partial(Check, operands="fp32", n=1, m=x.numel(), batch=1, result="", error=0, eager=0, bound=0)
+    buffer, all_finite = (
+        torch.zeros((1, 1, x.numel()), dtype=torch.bfloat16, device=device),
+        torch.ones(1, device=device).bool(),
+    )
+    update.momentum(buffer, x, all_finite, 0.0, False, False)  # 0 + (x − 0), stored
+    verdict = "" if same_or_nan(buffer.flatten(), (x.cpu() + 0.0).bfloat16().to(device)) else "not to nearest even"
+    found.checks.append(row("rounding", "nearest", verdict=verdict))
+    matrices, seeds = x.view(ROUNDED), torch.tensor([1, 2**62 + 5, -7], device=device)
+    wanted = reference.stochastic_round(matrices.cpu(), seeds.cpu()).to(device)
+    verdict = "" if same_or_nan(rounding.stochastic_round(matrices, seeds), wanted) else "other bits than the reference"
+    found.checks.append(row("rounding", "stochastic", verdict=verdict))
+
+
+def differing(first: Results, second: Results) -> str:
+    """The results that are not the same bits."""
+    return ", ".join(name for name, x in first.items() if not same(x, second[name]))
+
+
+def replayed(case: Case, arguments: Arguments) -> Results:
+    """The results of a launch from a CUDA graph."""
+    case.run(fresh(arguments))
+    static = fresh(arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = case.run(static)
+    graph.replay()
+    torch.cuda.synchronize()
+    return {name: x.clone() for name, x in results.items()}
+
+
+def bits(found: Findings, deadline: float, device: str = "cuda", shapes: Sequence[tuple[int, int, int]] = BITS_SHAPES) -> None:
+    """A CUDA graph gives the same bits as a launch, and a launch the same ones every time: a moving error is a race."""
+    for shape, (op, case) in product(shapes, CASES.items()):
+        for operands in case.operands[:2]:
+            if time.time() > deadline:
+                found.notes.append(f"bits: no time was left from {op} {operands} {shape} on")
+                return
+            n, m, batch = shape
+            row = partial(Check, op=op, operands=operands, n=n, m=m, batch=batch, result="", error=0, eager=0, bound=0)
+            kind = OPERANDS[operands]
+            with kind.setting(), torch.no_grad():
+                arguments = case.arguments(*shape, kind, device)
+                first = case.run(fresh(arguments))
+                moved = {differing(first, case.run(fresh(arguments))) for _ in range(REPEATS)} - {""}
+                found.checks.append(row("repeat", verdict=f"moves: {'; '.join(sorted(moved))}" if moved else ""))
+                if device == "cuda":
+                    try:
+                        other = differing(first, replayed(case, arguments))
+                        verdict = f"differs: {other}" if other else ""
+                    except RuntimeError as error:
+                        verdict = f"not captured: {str(error)[:200]}"
+                    found.checks.append(row("graph", verdict=verdict))
+
+
+# --- Optimizer steps ----------------------------------------------------------------------------------------------------
+
+
+class Candidate:
+    """An optimizer on the matrices of a 12-layer transformer of width 768, with gradients that stay."""
+
+    def __init__(self, build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], plain: bool, layers: int, width: int):
+        generator = torch.Generator("cuda").manual_seed(0)
+        shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+        self.parameters = [nn.Parameter(0.02 * torch.randn(s, device="cuda", generator=generator)) for s in shapes]
+        for p in self.parameters:
+            p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+        self.optimizer, self.plain = build(self.parameters), plain
+
+    def step(self) -> None:
+        with without_kernels() if self.plain else nullcontext():
+            self.optimizer.step()
+
+
+def optimizer_steps(found: Findings, deadline: float, layers: int = 12, width: int = 768) -> None:
+    """Milliseconds a step, SpectralKron with its kernels against itself without them and against others."""
+    kron: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "spectral_kron": lambda p: SpectralKron(p, lr=1e-3),
+        "spectral_kron, bf16 factors": lambda p: SpectralKron(p, lr=1e-3, preconditioner_dtype=torch.bfloat16),
+        "spectral_kron, bf16, interval 2": lambda p: SpectralKron(
+            p, lr=1e-3, preconditioner_dtype=torch.bfloat16, update_interval=2
+        ),
+    }
+    others: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "muon": lambda p: torch.optim.Muon(p, lr=1e-3), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)
+    }  # fmt: skip
+    builds = {name: (build, False) for name, build in (kron | others).items()}
+    builds |= {f"{name}, without kernels": (build, True) for name, build in kron.items()}
+    candidates = {name: Candidate(build, plain, layers, width) for name, (build, plain) in builds.items()}
+    for candidate in candidates.values():
+        for _ in range(6):
+            candidate.step()
+
+    def pair(candidate: Candidate) -> None:  # the longest interval
+        candidate.step()
+        candidate.step()
+
+    limit = max(1.0, min(3.0, (deadline - time.time()) / len(candidates)))
+    times = kernels.interleaved({name: partial(pair, c) for name, c in candidates.items()}, limit=limit)
+    label = f"{layers} layers of {width}"
+    for name, values in times.items():
+        p20, p50, p80 = (f"{1e3 * value / 2:.3f}" for value in kernels.percentiles(values))
+        found.steps.append([label, name, p50, p20, p80])
+
+
+def text_steps(found: Findings, deadline: float, preset: str = "gpu") -> None:
+    for row in steps.summarize(steps.measure(Text(preset, device="cuda"), rounds=5)):
+        found.steps.append([f"text, {preset}", *row[:4]])
+
+
+# --- The command --------------------------------------------------------------------------------------------------------
+
+
+def benchmarks(found: Findings, deadline: float) -> None:
+    rows, notes = kernels.benchmark(CASES, deadline)
+    found.timings += rows
+    found.notes += notes
+
+
+def tuning(found: Findings, deadline: float, out: Path) -> None:
+    """As many of the tiles as there is time for; `tune` alone does them all."""
+    measured = tune.search(tune.Timer(tune.kernel_seconds, tune.plain_seconds), tune.jobs(tune.SOURCES), deadline)
+    if measured:
+        path = tune.write(out, measured, kernels.provenance(), "make gpu", torch.cuda.get_device_capability())
+        found.notes.append(f"{path}: {len(measured)} measured entries")
+
+
+Section = tuple[str, float, Callable[[Findings, float], None]]
+
+
+def run_sections(sections: Iterable[Section], found: Findings, clock: Callable[[], float] = time.time) -> list[str]:
+    """Run each section with its seconds and what the ones before it left over; one that fails does not stop the others.
+    Returns a line about each, and as checks failed the sections that raised."""
+    end, lines = clock(), []
+    for name, budget, function in sections:
+        start, end = clock(), end + budget
+        try:
+            function(found, end)
+            lines.append(f"{name}: {clock() - start:.0f} s")
+        except Exception as error:
+            traceback.print_exc()
+            lines.append(f"{name}: {type(error).__name__}: {str(error)[:300]}, after {clock() - start:.0f} s")
+            found.checks.append(Check("section", name, "", 0, 0, 0, "", 0, 0, 0, f"{type(error).__name__}: {str(error)[:300]}"))
+    return lines
+
+
+def failures(checks: Iterable[Check]) -> list[Check]:
+    return [check for check in checks if check.verdict not in ("", "not run")]
+
+
+def summary(found: Findings, lines: list[str], source: dict[str, str]) -> str:
+    """What matters of it all, in at most `PRINTED` characters: where there are more, timings give way, which are in a file."""
+    failed = failures(found.checks)
+    missing = sum(check.verdict == "not run" for check in found.checks)
+    texts = [f"{c.kind} {c.op} {c.operands} {c.n} x {c.m} x {c.batch} {c.result}: {c.verdict}" for c in failed[:30]]
+    timed = [report.table([["setting", "optimizer", "ms a step", "p20", "p80"], *found.steps])] if found.steps else []
+    versions = f"{report.describe(source)}, Triton {source['triton']}, driver {source['driver']}"
+    count = f"{len(found.checks) - missing} checks, {len(failed)} failed, {missing} not run"
+    end = "\n".join([*timed, "", *found.notes[:20], *lines, *texts, versions, count])
+    head = kernels.ratios(found.timings).splitlines()
+    room = max(0, PRINTED - len(end) - 2)
+    kept = [line for i, line in enumerate(head) if sum(len(text) + 1 for text in head[: i + 1]) <= room]
+    return "\n".join([*kept, "", end])[-PRINTED:]
+
+
+def save(out: Path, found: Findings, source: dict[str, str]) -> None:
+    kernels.write(out / "checks.csv", found.checks, source)
+    kernels.save(out, found.timings, source)
+    header = ["setting", "optimizer", "median_ms", "p20_ms", "p80_ms", *source]
+    report.write_csv(out / "steps.csv", header, [[*row, *source.values()] for row in found.steps])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench gpu", description=__doc__.splitlines()[0])
+    default = Path(os.environ.get("OUT") or "out")
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"for CSV, plot and table; default: {default}")
+    options = parser.parse_args(argv)
+    kernels.require_gpu()
+
+    source, found = kernels.provenance(), Findings()
+    sections: list[Section] = [
+        ("correctness", 170, correctness),
+        ("rounding", 10, lambda found, deadline: roundings(found, "cuda")),
+        ("same bits", 50, bits),
+        ("kernels", 130, benchmarks),
+        ("optimizer steps", 50, optimizer_steps),
+        ("text steps", 30, text_steps),
+        ("tiles", 60, partial(tuning, out=options.out)),
+    ]
+    lines = run_sections([*sections], found)
+    save(options.out, found, source)
+    print(summary(found, lines, source))
+    if failures(found.checks):
+        raise SystemExit(1)
