@@ -48,7 +48,7 @@ aot: $(READY) ## compile every kernel for GPUs that need not be there; fails on 
 	$(RUN) -m spectral_ops.bench aot $(ARGS)
 
 # Nothing is installed: the interpreter has torch and triton, and the folders come together under one import name.
-gpu: ## on a GPU, with $(PYTHON)'s own torch and triton: checks, timings, tiles, all to $$OUT
+gpu: ## on a GPU, with the torch and triton of PYTHON: checks, timings, tiles, written to OUT or out/
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && mkdir "$$site/spectral_ops" && \
 	ln -s "$(CURDIR)"/spectral_ops/* "$(CURDIR)/kernels" "$(CURDIR)/optim" "$(CURDIR)/bench" "$$site/spectral_ops" && \
 	PYTHONPATH="$$site" $(PYTHON) -m spectral_ops.bench gpu $(ARGS)

@@ -129,6 +129,9 @@ def test_moving_bits_are_found(monkeypatch):
     monkeypatch.setattr(type(CASES["gram"]), "run", lambda *_: {"w": torch.full((2, 2), 1.0 + next(noise))})
     gpu.bits(found, math.inf, "cpu", [(6, 5, 2)])
     assert {check.verdict for check in gpu.failures(found.checks)} == {"moves: w"}
+    monkeypatch.setattr(type(CASES["gram"]), "run", lambda *_: 1 / 0)
+    gpu.bits(found, math.inf, "cpu", [(6, 5, 2)])
+    assert found.checks[-3].verdict == "ZeroDivisionError: division by zero" and not found.checks[-1].verdict
 
 
 def test_a_nan_is_the_same_as_itself():
@@ -153,9 +156,10 @@ def test_a_section_that_fails_leaves_the_others_and_their_results(capsys):
         found.steps.append(STEP)
         raise ValueError("no luck")
 
-    lines = gpu.run_sections([("first", 1, fails), ("second", 1, lambda found, end: found.notes.append("ran"))], found, Clock())
+    sections = [("kernels", 1, fails), ("same bits", 1, fails), ("tiles", 1, lambda found, end: found.notes.append("ran"))]
+    lines = gpu.run_sections(sections, found, Clock())
     assert "no luck" in lines[0] and found.notes == ["ran"] and found.steps
-    assert [check.op for check in gpu.failures(found.checks)] == ["first"]
+    assert [check.op for check in gpu.failures(found.checks)] == ["same bits"]  # the others check nothing
     assert "Traceback" in capsys.readouterr().err
 
 
