@@ -19,15 +19,6 @@ TILE = Config(1024, 0, 4, 1)
 
 
 @triton.jit
-def _mean_reciprocal(d, n, BLOCK: tl.constexpr):
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n, BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        acc += tl.where(o < n, 1.0 / tl.load(d + o, mask=o < n, other=1.0), 0.0)
-    return tl.sum(acc) / n
-
-
-@triton.jit
 def _averaged(parts, count, d, diag, n, share, damping, beta, ok, BLOCK: tl.constexpr):
     """Write the new diagonal before its division; its mean logarithm and its maximum. Where not `ok` it is the old one."""
     logs, largest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -74,8 +65,8 @@ def _average(
     count = tl.load(updates + matrix) + ok.to(tl.float32)
     alpha = tl.where(ok & (count <= 1), square / n / m, tl.load(scale + matrix))
     beta = tl.maximum(1.0 / (count + 1.0), beta_min)
-    damp_c = damping * _mean_reciprocal(d_k, m, BLOCK) / alpha
-    damp_k = damping * _mean_reciprocal(d_c, n, BLOCK) / alpha
+    damp_c = damping * tiles.mean_reciprocal(d_k, m, BLOCK) / alpha
+    damp_k = damping * tiles.mean_reciprocal(d_c, n, BLOCK) / alpha
     share_c, share_k = 1.0 / (alpha * m), 1.0 / (alpha * n)
     log_c, max_c = _averaged(rows + matrix * row_parts * n, row_parts, d_c, diag_c, n, share_c, damp_c, beta, ok, BLOCK)
     log_k, max_k = _averaged(cols + matrix * col_parts * m, col_parts, d_k, diag_k, m, share_k, damp_k, beta, ok, BLOCK)

@@ -13,14 +13,6 @@ TILE = Config(1024, 0, 4, 1)
 
 
 @triton.jit
-def _mean_reciprocal(d, n, BLOCK: tl.constexpr):
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for i in range(tl.cdiv(n, BLOCK)):
-        acc += tl.where(i * BLOCK + tl.arange(0, BLOCK) < n, 1.0 / tiles.load_vector(d, i, n, BLOCK, 1.0), 0.0)
-    return tl.sum(acc) / n
-
-
-@triton.jit
 def _exponent(d, w, i, n, share, beta2, gamma, damping, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     """What the mean is taken of: the exact map's `m`, the truncated map's `log n`; for block `i`."""
     old, new = tiles.load_vector(d, i, n, BLOCK, 1.0), tiles.load_vector(w, i, n, BLOCK, 1.0)
@@ -62,7 +54,7 @@ def _spectrum(
     share_c, share_k = 1.0 / (scale * m), 1.0 / (scale * n)
     damp_c, damp_k = 0.0, 0.0
     if not EXACT:
-        damp_c, damp_k = damping * m * _mean_reciprocal(d_k, m, BLOCK), damping * n * _mean_reciprocal(d_c, n, BLOCK)
+        damp_c, damp_k = damping * m * tiles.mean_reciprocal(d_k, m, BLOCK), damping * n * tiles.mean_reciprocal(d_c, n, BLOCK)
     mean_c = _mean(d_c, w_c, n, share_c, beta, gamma, damp_c, EXACT, BLOCK)
     mean_k = _mean(d_k, w_k, m, share_k, beta, gamma, damp_k, EXACT, BLOCK)
     _write(new_c + matrix * n, d_c, w_c, n, mean_c, share_c, beta, gamma, damp_c, EXACT, BLOCK)

@@ -164,3 +164,12 @@ def total(p, count, BLOCK: tl.constexpr):
         o = start + tl.arange(0, BLOCK)
         acc += tl.load(p + o, mask=o < count, other=0.0)
     return tl.sum(acc)
+
+
+@triton.jit
+def mean_reciprocal(d, n, BLOCK: tl.constexpr):
+    """The mean of `1 / d`, for a vector of `n`."""
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.cdiv(n, BLOCK)):
+        acc += tl.where(i * BLOCK + tl.arange(0, BLOCK) < n, 1.0 / load_vector(d, i, n, BLOCK, 1.0), 0.0)
+    return tl.sum(acc) / n

@@ -121,7 +121,7 @@ def test_flawed_gradients_leave_their_matrices_untouched(dtype, on_kernels, requ
             assert not torch.equal(now[3], before[3]) and now[3].isfinite().all(), name
 
 
-KERNEL_CASES = list(itertools.product([(3, 40, 21), (2, 1, 5)], [True, False], SIDES)) + [((1, 33, 33), True, (True, True))]
+KERNEL_CASES = [*itertools.product([(3, 40, 21), (2, 1, 5)], [True, False], SIDES), ((1, 33, 33), True, (True, True))]
 
 
 @pytest.mark.parametrize("shape,carry,sides", KERNEL_CASES)
@@ -163,8 +163,9 @@ def test_launches_do_not_depend_on_the_batch(kernels_on_cpu):
 def test_opcheck(dtype):
     s = state(2, 4, 3, dtype)
     seed = torch.arange(2) if dtype == torch.bfloat16 else None
-    args = (gradients(2, 4, 3, torch.float32), *s["bases"], *s["residuals"], *s["eigenvalues"], s["scale"], s["step"], s["updates"])
-    torch.library.opcheck(torch.ops.spectral_ops.kron_track.default, (*args, seed, 0.4, 0.0, 0.1, 0.42, 2))
+    state_args = *s["bases"], *s["residuals"], *s["eigenvalues"], s["scale"], s["step"], s["updates"]
+    args = gradients(2, 4, 3, torch.float32), *state_args, seed, 0.4, 0.0, 0.1, 0.42, 2
+    torch.library.opcheck(torch.ops.spectral_ops.kron_track.default, args)
 
 
 def test_compiles_without_a_graph_break():

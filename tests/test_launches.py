@@ -11,8 +11,8 @@ from spectral_ops.optim import SpectralKron, param_groups
 
 # These only make tensors: views, allocations. `item` is the learning rate's, which is a number on the host.
 SILENT = {
-    "view", "_unsafe_view", "reshape", "split", "split_with_sizes", "select", "slice", "alias", "detach", "unsqueeze", "squeeze",
-    "as_strided", "transpose", "expand", "t", "permute", "narrow", "unbind", "empty", "empty_like", "empty_strided",
+    "view", "_unsafe_view", "reshape", "split", "split_with_sizes", "select", "slice", "alias", "detach", "unsqueeze",
+    "squeeze", "as_strided", "transpose", "expand", "t", "permute", "narrow", "unbind", "empty", "empty_like", "empty_strided",
     "lift_fresh", "_record_function_enter_new", "_record_function_exit", "flatten", "mT", "item",
 }  # fmt: skip
 
