@@ -1,6 +1,6 @@
 """Count what every operation costs with kernels and as a plain PyTorch composition, and the least time that takes.
 
-python -m spectral_ops.bench costs
+python -m spectral_ops.bench model
 """
 
 import argparse
@@ -81,7 +81,7 @@ def row(case: Case, n: int, batch: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench costs", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench model", description=__doc__.splitlines()[0])
     parser.parse_args(argv)
     header = ["operation", "n = m", "batch", "GFLOP", "eager", "ratio", "MB", "eager", "ratio"]
     header += [f"{label} us" for label in LABELS.values()]

@@ -264,7 +264,7 @@ class Grid:
 
     def _config(self, op: str) -> Config:
         size = max(self.n, self.m)
-        config = self.config or pick(op, size, size, self.batch, self.like)
+        config = self.config or pick(op, size, size, self.batch, self.like, other=min(self.n, self.m))
         assert config is not None, f"the table has no tile for {op}"
         return config
 

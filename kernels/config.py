@@ -31,6 +31,11 @@ class Config:
     stages: int
 
 
+# Of matrices whose rows begin anywhere, elements are loaded one by one, which takes registers: more threads for a tile.
+UNALIGNED = Config(64, 32, 8, 2)
+
+
+@cache
 def choose_config(
     op: str,
     n: int,
@@ -40,6 +45,7 @@ def choose_config(
     capability: tuple[int, int],
     *,
     precision: str = "ieee",
+    aligned: bool = True,
 ) -> Config | None:
     """The tile for `batch` results of about `n × n` with inner size `k`; None: leave it to PyTorch.
 
@@ -51,6 +57,7 @@ def choose_config(
         dtype: of the operands.
         capability: of the GPU, such as (9, 0); (0, 0) for the interpreter.
         precision: of float32 operands, "ieee", "bf16x3" or "tf32", or "split" where the other operand has 16 bits.
+        aligned: whether all sizes of the operands are multiples of 16.
     """
     if capability == INTERPRETER:
         return Config(32, 32, 4, 1)
@@ -62,8 +69,11 @@ def choose_config(
             and (entry["max_n"] is None or n <= entry["max_n"])
             and batch >= entry.get("min_batch", 1)
         )
+        if fits and entry["block"] is None:
+            return None
         if fits:
-            return None if entry["block"] is None else Config(*(entry[name] for name in ("block", "k", "warps", "stages")))
+            config = Config(*(entry[name] for name in ("block", "k", "warps", "stages")))
+            return config if aligned or config.block < UNALIGNED.block else UNALIGNED
     return None
 
 

@@ -90,12 +90,14 @@ def precision(dtype: torch.dtype) -> str:
     return {"highest": "ieee", "high": "bf16x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
-def pick(op: str, n: int, k: int, batch: int, x: Tensor, *, split: bool = False) -> Config | None:
-    """`choose_config` for a product whose first operand is `x`; `split` if the second has 16 bits and `x` has not."""
+def pick(op: str, n: int, k: int, batch: int, x: Tensor, *, split: bool = False, other: int = 0) -> Config | None:
+    """`choose_config` for a product whose first operand is `x`; `split` if the second has 16 bits and `x` has not. `other` is a
+    size of the operands beside `n` and `k`."""
     mixed = split and x.dtype == torch.float32
     return choose_config(
-        op, n, k, batch, x.dtype, capability(x.device), precision="split" if mixed else precision(x.dtype)
-    )
+        op, n, k, batch, x.dtype, capability(x.device), precision="split" if mixed else precision(x.dtype),
+        aligned=not any(size % 16 for size in (n, k, other)),
+    )  # fmt: skip
 
 
 def interpreted() -> bool:

@@ -92,7 +92,7 @@ def root_parts(g: Tensor, b_c: Tensor | None, b_k: Tensor | None) -> int:
     n, m = g.shape[-2:]
     b = b_k if b_k is not None else b_c
     assert b is not None
-    tile = pick("rotate", min(n, m), b.shape[-1], g.shape[:-2].numel(), b)
+    tile = pick("rotate", min(n, m), b.shape[-1], g.shape[:-2].numel(), b, other=max(n, m))
     assert tile is not None, "the table has no tile for rotate"
     return cdiv(n, tile.block) * cdiv(m, tile.block)
 
@@ -118,6 +118,7 @@ def _product(
 def _pick(a: Tensor, b: Tensor) -> Config:
     mixed = torch.float32 in (a.dtype, b.dtype) and a.dtype != b.dtype
     wide = a if a.dtype == torch.float32 else b
-    config = pick("rotate", min(a.shape[-2], b.shape[-1]), a.shape[-1], a.shape[0], wide if mixed else a, split=mixed)
+    (batch, n, k), m = a.shape, b.shape[-1]
+    config = pick("rotate", min(n, m), k, batch, wide if mixed else a, split=mixed, other=max(n, m))
     assert config is not None, "the table has no tile for rotate"
     return config

@@ -21,8 +21,10 @@ def entries(monkeypatch):
     def put(*rows: dict) -> None:
         full = [{"operands": ["16"], "max_n": None, "block": 64, "k": 64, "warps": 4, "stages": 3} | row for row in rows]
         monkeypatch.setattr(config, "load", lambda number: {"entries": full})
+        choose_config.cache_clear()
 
-    return put
+    yield put
+    choose_config.cache_clear()
 
 
 def choose(op: str, n: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, **options) -> Config | None:
@@ -81,6 +83,13 @@ def test_the_first_entry_that_fits_is_taken(entries):
     assert choose("gram", 65, batch=8).block == 16
     assert choose("gram", 257, batch=8).block == 128
     assert choose("turn", 65) is None
+
+
+def test_sizes_that_no_vector_load_fits_take_a_tile_of_their_own(entries):
+    entries({"ops": ["gram"], "max_n": 64, "block": 32}, {"ops": ["gram"], "max_n": 128}, {"ops": ["gram"], "block": None})
+    assert choose("gram", 50, aligned=False).block == 32
+    assert choose("gram", 100, aligned=False) == config.UNALIGNED != choose("gram", 100)
+    assert choose("gram", 200, aligned=False) is None
 
 
 def test_null_leaves_it_to_pytorch(entries):
