@@ -27,9 +27,10 @@ from spectral_ops.kernels.launch import Launch, recording
 # What the tables have tiles for, each with the operation whose launches it is timed in.
 SOURCES = {
     "gram": "gram", "gram_skew": "gram_skew", "track": "gram_track_both", "rotate": "rotate", "square": "cayley_track_2",
-    "map": "cayley_track_2", "turn": "cayley_track_2", "conjugate": "cayley_track_2", "even": "cayley_track_8",
+    "map": "cayley_track_2", "map_long": "cayley_track_8", "turn": "cayley_track_2", "conjugate": "cayley_track_2", "even": "cayley_track_8",
     "finish_map": "cayley_track_8", "cayley": "cayley_update", "root": "apply_root", "factor": "factor_update",
 }  # fmt: skip
+KERNELS = {"map_long": "map"}  # of orders 4 and 8; the other names are the kernels' own
 # Whole operations, which leave it to PyTorch where the plain composition is faster than all of their kernels.
 WHOLE = ("gram", "gram_skew", "track", "cayley", "root", "factor")
 KINDS = {"bf16": "16", "split": "split", "fp32": "ieee", "fp32 high": "bf16x3", "fp32 medium": "tf32"}  # as tables say it
@@ -97,7 +98,7 @@ def choose(timer: Timer, op: str, operands: str, n: int, batch: int) -> Config |
         names = next(iter(valid.values()))
         if timer.plain(case, operands, n, batch) < sum(min(seconds[name] for seconds in valid.values()) for name in names):
             return None
-    return min(valid, key=lambda config: valid[config].get(op, sum(valid[config].values())))
+    return min(valid, key=lambda config: valid[config].get(KERNELS.get(op, op), sum(valid[config].values())))
 
 
 def entries(found: dict[tuple[Any, ...], list[str]]) -> list[Entry]:

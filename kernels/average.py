@@ -15,7 +15,8 @@ from spectral_ops.kernels import tiles
 from spectral_ops.kernels.config import Config
 from spectral_ops.kernels.launch import launch
 
-TILE = Config(1024, 0, 4, 1)
+TILE = Config(1024, 0, 8, 1)
+AT_ONCE = tl.constexpr(8)  # parts that are loaded together: one after the other, each would wait for the memory
 
 
 @triton.jit
@@ -26,8 +27,10 @@ def _averaged(parts, count, d, diag, n, share, damping, beta, ok, BLOCK: tl.cons
         o = start + tl.arange(0, BLOCK)
         inside = o < n
         w = tl.zeros((BLOCK,), tl.float32)
-        for part in range(count):
-            w += tl.load(parts + part * n + o, mask=inside, other=0.0)
+        for first in range(0, count, AT_ONCE):
+            part = first + tl.arange(0, AT_ONCE)
+            rows = tl.load(parts + part[:, None] * n + o[None, :], mask=(part < count)[:, None] & inside[None, :], other=0.0)
+            w += tl.sum(rows, 0)  # [AT_ONCE, BLOCK] to [BLOCK]
         old = tl.load(d + o, mask=inside, other=1.0)
         new = tl.where(ok, old + beta * (share * w + damping - old), old)
         logs += tl.where(inside, tl.log(new), 0.0)

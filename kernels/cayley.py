@@ -297,7 +297,7 @@ def generator_map(
     f = grid.empty()
     h = f if order == 2 else grid.empty()
     launch(
-        _map, **grid.lower("map"), **sides("b", b), **sides("x", x), **sides("x2_", x2), **sides("e", e), **sides("f", f),
+        _map, **grid.lower("map" if order == 2 else "map_long"), **sides("b", b), **sides("x", x), **sides("x2_", x2), **sides("e", e), **sides("f", f),
         **sides("h", h), steps=steps, **scale, usable=usable, ORDER=order, CORRECT=correct,
     )  # fmt: skip
     if order == 2:
