@@ -15,7 +15,7 @@ from spectral_ops.kernels import tiles
 from spectral_ops.kernels.config import Config
 from spectral_ops.kernels.launch import launch
 
-TILE = Config(1024, 0, 8, 1)
+TILE = Config(512, 0, 8, 1)
 AT_ONCE = tl.constexpr(8)  # parts that are loaded together: one after the other, each would wait for the memory
 
 

@@ -297,8 +297,8 @@ def generator_map(
     f = grid.empty()
     h = f if order == 2 else grid.empty()
     launch(
-        _map, **grid.lower("map" if order == 2 else "map_long"), **sides("b", b), **sides("x", x), **sides("x2_", x2), **sides("e", e), **sides("f", f),
-        **sides("h", h), steps=steps, **scale, usable=usable, ORDER=order, CORRECT=correct,
+        _map, **grid.lower("map" if order == 2 else "map_long"), **sides("b", b), **sides("x", x), **sides("x2_", x2),
+        **sides("e", e), **sides("f", f), **sides("h", h), steps=steps, **scale, usable=usable, ORDER=order, CORRECT=correct,
     )  # fmt: skip
     if order == 2:
         return f
@@ -317,7 +317,7 @@ def turn(
 ) -> tuple[Sides, Sides]:  # fmt: skip
     """`B (I + F)`, and where residuals are given `V`, so that `T (I + F) = Diag(diag) + V`."""
     grid = Grid(f, config)
-    carry = residual != (None, None)
+    carry = any(r is not None for r in residual)
     out, v = grid.empty(), grid.empty() if carry else (None, None)
     launch(
         _turn, **grid.full("turn", times=2 if carry else 1), **sides("b", b), **sides("r", residual), **sides("f", f),

@@ -132,7 +132,7 @@ def kron_track(
         for i, (x, size) in enumerate(zip(pair, sizes, strict=True)):
             if x is not None:
                 check.shaped(x, f"{name}[{i}]", op, (*batch, size, size), g)
-    if residuals != (None, None):
+    if any(r is not None for r in residuals):
         for i, (b, r) in enumerate(zip(bases, residuals, strict=True)):
             if (b is None) != (r is None):
                 raise ValueError(f"{op}: a side has both a basis and a residual or neither, but not side {i}")
