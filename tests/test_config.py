@@ -1,6 +1,8 @@
 """The choice of tiles: a pure function of the shape, the dtype and the GPU."""
 
 import itertools
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +106,9 @@ def test_operands(entries):
     stages = [choose("gram", 9, dtype=torch.float32, precision=p).stages for p in ("split", "ieee", "tf32")]
     assert stages == [1, 2, 3]
     assert choose("gram", 9, dtype=torch.float32, precision="bf16x3") is None
+
+
+def test_the_tables_are_packaged():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    (pattern,) = project["tool"]["setuptools"]["package-data"]["spectral_ops.kernels"]
+    assert {path.name for path in config.FOLDER.parent.glob(pattern)} == {f"sm_{number}.json" for number in TABLES}
