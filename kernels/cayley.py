@@ -231,7 +231,10 @@ def _move(to, source, i, j, n, BLOCK: tl.constexpr):
 
 
 class Grid:
-    """The launches over a pair of square matrices: which programs, which tiles."""
+    """The launches over a pair of square matrices: which programs, which tiles.
+
+    Counts of programs are not specialised by Triton (`do_not_specialize`): every new shape would compile the kernels again.
+    """
 
     def __init__(self, x: Sides, config: Config | None):
         left, right = x
