@@ -184,8 +184,14 @@ def write(folder: Path, measured: list[Entry], source: dict[str, str], command: 
     }  # fmt: skip
     path = folder / f"sm_{10 * capability[0] + capability[1]}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": provenance, "entries": [*measured, *present["entries"]]}, indent=1) + "\n")
+    path.write_text(formatted(provenance, [*measured, *present["entries"]]))
     return path
+
+
+def formatted(provenance: Entry, entries: list[Entry]) -> str:
+    """A table as JSON, an entry a line."""
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    return f'{{\n "provenance": {json.dumps(provenance)},\n "entries": [\n{lines}\n ]\n}}\n'
 
 
 def main(argv: list[str] | None = None) -> None:

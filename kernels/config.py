@@ -78,12 +78,19 @@ def choose_config(
 
 
 def table(capability: tuple[int, int]) -> dict[str, Any]:
-    """The table for a GPU. Those with 100 KB of shared memory (8.6, 8.9, 12.x) share that of 8.0."""
+    """The table for a GPU: its own, if it was measured, or its kind's. Those with 100 KB of shared memory (8.6, 8.9, 12.x)
+    share that of 8.0."""
     major, minor = capability
     number = 10 * major + minor
+    if _path(number).exists():
+        return load(number)
     return load(80 if number < 90 or major == 12 else max(t for t in TABLES if t <= number))
 
 
 @cache
 def load(number: int) -> dict[str, Any]:
-    return dict(json.loads((FOLDER / f"sm_{number}.json").read_text()))
+    return dict(json.loads(_path(number).read_text()))
+
+
+def _path(number: int) -> Path:
+    return FOLDER / f"sm_{number}.json"

@@ -214,8 +214,8 @@ def _pair(s: dict[str, Tensor], name: str, side: str) -> tuple[Tensor | None, Te
 
 
 def _track(group: Group, batch: Batch) -> None:
-    """Moving averages `S_l = B_l T_l B_lᵀ`, `T_l = Diag(d_l) + R_l`, whose bases follow their eigenbases; the formulas are those
-    of `spectral_ops.kron_track`."""
+    """Moving averages `S_l = B_l T_l B_lᵀ`, `T_l = Diag(d_l) + R_l`, whose bases follow their eigenbases; the formulas are at
+    `spectral_ops.kron_track`."""
     s = batch.state
     order, limit = _map(group)
     batch.finite = ops.kron_track(

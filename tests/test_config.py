@@ -69,6 +69,14 @@ def test_a_gpu_takes_the_table_of_its_kind(gpu, number):
     assert table(gpu) is load(number)
 
 
+def test_a_gpu_takes_its_own_table_if_there_is_one(monkeypatch, tmp_path):
+    (tmp_path / "sm_86.json").write_text('{"entries": ["its own"]}')
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    load.cache_clear()
+    assert table((8, 6))["entries"] == ["its own"]
+    load.cache_clear()
+
+
 def test_the_interpreter_has_one_tile():
     tiles = {choose_config("gram", n, 5, 2, dtype, INTERPRETER) for n in (1, 100) for dtype in (torch.float32, torch.bfloat16)}
     assert tiles == {Config(32, 32, 4, 1)}
