@@ -34,7 +34,8 @@ def _kernel(
 
     state = [x for x in (basis_c, basis_k, residual_c, residual_k, d_c, d_k, scale, step, updates) if x is not None]
     dtypes = {b.dtype for b in (basis_c, basis_k, residual_c, residual_k) if b is not None}
-    if len(dtypes) != 1 or torch.float16 in dtypes or g.numel() == 0 or not all(x.is_contiguous() for x in state):
+    served = len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16} and torch.float64 not in (g.dtype, d_c.dtype)
+    if not served or g.numel() == 0 or not all(x.is_contiguous() for x in state):
         return NotImplemented
     (batch, n, m), dtype = g.shape, dtypes.pop()
     like = next(b for b in (basis_c, basis_k) if b is not None)

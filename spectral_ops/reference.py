@@ -18,6 +18,12 @@ def raised(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
+def matched(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes: float64 factors may meet float32 gradients, and the other way round."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
 def column(s: Tensor) -> Tensor:
     """A number for each matrix, shaped to multiply a vector."""
     return s.unsqueeze(-1)
@@ -95,7 +101,7 @@ def gram_track(
     weighted = x * (column(beta * shrink) * scale).to(x.dtype).unsqueeze(-2)
     t = weighted @ x.mT
     if residual is not None:
-        t.addcmul_(raised(residual), block((1 - beta) * shrink).to(t.dtype))
+        t.addcmul_(raised(residual).to(t.dtype), block((1 - beta) * shrink).to(t.dtype))
     gap, width = -0.25 * n, epsilon * n
     gap, width = gap.unsqueeze(-1) - gap.unsqueeze(-2), width.unsqueeze(-1) + width.unsqueeze(-2)
     half = width.square_().addcmul_(gap, gap, value=16)
@@ -118,7 +124,7 @@ def limited_step(x2: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 def cayley_track(
     b: Tensor, x: Tensor, d: Tensor, residual: Tensor | None, limit: float, order: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    b32, x = raised(b), raised(x)
+    b32, x = matched(raised(b), raised(x))
     x2 = x @ x
     step, norm = limited_step(x2, limit)
     # I + 2X + cX² has PPᵀ = I − (4 − 2c)X² + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and goes to 2 as `norm` to 0.
@@ -127,7 +133,7 @@ def cayley_track(
     b_new = rounded(b32 @ p, b.dtype, seed)
     if residual is None:
         return b_new, d.clone(), None
-    t = raised(residual).clone()
+    t = raised(residual).to(p.dtype, copy=True)
     t.diagonal(dim1=-2, dim2=-1).copy_(d)
     t = p.mT @ (t @ p)
     t = 0.5 * (t + t.mT)
@@ -171,7 +177,7 @@ def kron_track(
     alpha = torch.where((updates <= 1) & usable, mean_square, scale)
     share = (updates + 1).reciprocal().clamp(min=beta)
     seeds = None if seed is None else seed + updates.long() * STREAM_STEP
-    x = rotate(torch.where(block(usable), g, 0), basis_c, basis_k)
+    x = rotate(torch.where(block(usable), g, 0), basis_c, basis_k).to(g.dtype)
     inverse_c, inverse_k = d_c.reciprocal(), d_k.reciprocal()
 
     def side(
@@ -240,7 +246,7 @@ def correct(p: Tensor, b: Tensor) -> Tensor:
 
 
 def cayley_update(b: Tensor, x: Tensor, step: Tensor, order: int, self_correct: bool, seed: Tensor | None) -> Tensor:
-    b32, x = raised(b), raised(x)
+    b32, x = matched(raised(b), raised(x))
     p = polynomial(x, x @ x, step, order)
     return rounded(b32 @ (correct(p, b32) if self_correct else p), b.dtype, seed)
 
@@ -284,8 +290,13 @@ def rotate(g: Tensor, b_c: Tensor | None, b_k: Tensor | None) -> Tensor:
     """`B_Cᵀ g B_K` in float32 (float64): rounding what stands between the two products to bf16 would leak the strong
     directions into the weak ones, and cost the digits task 3 % of its loss."""
     g = raised(g)
-    g = g if b_c is None else raised(b_c).mT @ g
-    return g if b_k is None else g @ raised(b_k)
+    if b_c is not None:
+        b, g = matched(raised(b_c), g)
+        g = b.mT @ g
+    if b_k is not None:
+        b, g = matched(raised(b_k), g)
+        g = g @ b
+    return g
 
 
 def apply_root(
@@ -294,8 +305,8 @@ def apply_root(
     x = rotate(g, b_c, b_k)
     left = raised(d_c).pow(-1 / root) * column(raised(alpha).pow(-1 / root))
     x = x * left.unsqueeze(-1) * raised(d_k).pow(-1 / root).unsqueeze(-2)
-    x = x if b_c is None else raised(b_c) @ x
-    x = x if b_k is None else x @ raised(b_k).mT
+    x = x if b_c is None else raised(b_c).to(x.dtype) @ x
+    x = x if b_k is None else x @ raised(b_k).to(x.dtype).mT
     return x.to(g.dtype), x.square().sum((-2, -1)).unsqueeze(-1)
 
 

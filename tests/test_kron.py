@@ -159,6 +159,16 @@ def test_launches_do_not_depend_on_the_batch(kernels_on_cpu):
     assert counts[0] == counts[1] == ["rotate", "rotate", "average", "track", "square", "map", "turn", "conjugate"]
 
 
+@pytest.mark.parametrize("bases", [torch.float64, torch.float16])
+def test_other_dtypes_take_pytorch(bases, kernels_on_cpu):
+    """Such as float64 factors of float32 parameters."""
+    s = state(2, 4, 3, torch.float32)
+    s |= {name: tuple(x.to(bases) for x in s[name]) for name in ("bases", "residuals")}
+    with recording() as launches:
+        track(gradients(2, 4, 3, torch.float32), s)
+    assert not launches and all(x.isfinite().all() for x in flat(s).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     s = state(2, 4, 3, dtype)

@@ -671,6 +671,22 @@ def test_bad_parameters_and_gradients_are_named():
     assert torch.equal(dense.weight, before)  # nothing changed before the error
 
 
+@pytest.mark.parametrize(
+    "dtype,factors",
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16)],
+)
+@pytest.mark.parametrize("options", [{}, {"rotation": "riemannian", "betas": (0.9, 0.95), "cayley_order": 2}])
+def test_factors_may_be_wider_or_narrower_than_float64_and_float32_parameters(dtype, factors, options):
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 30).sin().view(6, 5).to(dtype)) for _ in range(2))
+    mixed, plain = SpectralKron([p], preconditioner_dtype=factors, **options), SpectralKron([q], **options)
+    for _ in range(4):
+        p.grad = torch.randn(6, 5).to(dtype)
+        q.grad = p.grad.clone()
+        mixed.step(), plain.step()
+    assert mixed.state[p]["basis_left"].dtype == factors and p.dtype == dtype
+    torch.testing.assert_close(p, q, rtol=0, atol=0.02 if factors == torch.bfloat16 else 1e-4)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
