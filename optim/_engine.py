@@ -225,10 +225,9 @@ class MatrixOptimizer(Optimizer):
     def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor) -> None:
         batch = Batch(members, g, self._stack(group, key, members), torch.empty(0))
         u, squares, normalize = self.update(group, batch)
-        lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
         views = [piece.matrices(piece.parameter) for piece in members]
         ops.parameter_update(
-            views, u, squares, batch.finite, lr.reshape(()), weight_decay=group["weight_decay"], normalize=normalize
+            views, u, squares, batch.finite, group["lr"], weight_decay=group["weight_decay"], normalize=normalize
         )
         for piece, view in zip(members, views, strict=True):
             if not piece.parameter.is_contiguous():  # then the view was a copy

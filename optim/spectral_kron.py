@@ -12,12 +12,20 @@ from torch import Tensor
 
 import spectral_ops as ops
 from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece
-from spectral_ops.reference import STREAM_SIDE, STREAM_STEP, accumulation_dtype, block, keep, raised, rotate
+from spectral_ops.reference import (
+    RMS_EPSILON,
+    STREAM_SIDE,
+    STREAM_STEP,
+    accumulation_dtype,
+    block,
+    keep,
+    raised,
+    rotate,
+)
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
-EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
 DEFAULT_ORDER = 2
 # Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
@@ -197,20 +205,18 @@ class SpectralKron(MatrixOptimizer):
         )
         u, squares = ops.apply_root(
             direction,
-            *_pair(s, "basis", "left"),
-            *_pair(s, "basis", "right"),
+            s.get("basis_left"),
+            s["eigenvalues_left"],
+            s.get("basis_right"),
+            s["eigenvalues_right"],
             s["scale"],
             group["root"],
             return_squares=True,
         )
         if group["update_scale"] == "graft":
-            rms = (squares.sum(-1) / u[0].numel()).sqrt() + EPSILON
+            rms = (squares.sum(-1) / u[0].numel()).sqrt() + RMS_EPSILON
             return u * block(_adam_rms(group, batch) / rms), squares, "none"
         return u, squares, group["update_scale"] or "none"
-
-
-def _pair(s: dict[str, Tensor], name: str, side: str) -> tuple[Tensor | None, Tensor]:
-    return s.get(f"{name}_{side}"), s[f"eigenvalues_{side}"]
 
 
 def _track(group: Group, batch: Batch) -> None:

@@ -25,6 +25,14 @@ def matrix(value: object, name: str, op: str) -> Tensor:
     return x
 
 
+def stack(value: object, name: str, op: str) -> Tensor:
+    """Matrices with exactly one batch dimension."""
+    x = matrix(value, name, op)
+    if x.ndim != 3:
+        raise ValueError(f"{op}: `{name}` must have shape (b, n, m), got {tuple(x.shape)}")
+    return x
+
+
 def square(value: object, name: str, op: str) -> Tensor:
     x = matrix(value, name, op)
     if x.shape[-1] != x.shape[-2]:

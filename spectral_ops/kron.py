@@ -43,9 +43,9 @@ def _kernel(
     if config is None or launch.pick("cayley", max(n, m), max(n, m), batch, like) is None:
         return NotImplemented
     g = g.float() if g.dtype == torch.float16 else g  # its range is not that of the bases
-    x, *moments = rotate.rotate(g, basis_c, d_c, basis_k, d_k)
+    x, rows, cols, squares = rotate.rotate(g, basis_c, d_c, basis_k, d_k)
     new = average.average(
-        (moments[0], moments[1], moments[2]), d_c, d_k, scale, step, updates, seed,
+        (rows, cols, squares), d_c, d_k, scale, step, updates, seed,
         beta=beta, damping=damping, relative_floor=reference.RELATIVE_FLOOR,
         streams=(reference.STREAM_STEP, reference.STREAM_SIDE),
     )  # fmt: skip
@@ -125,9 +125,7 @@ def kron_track(
         TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.
     """
     op = "kron_track"
-    g = check.matrix(g, "g", op)
-    if g.ndim != 3:
-        raise ValueError(f"{op}: `g` must have shape (b, n, m), got {tuple(g.shape)}")
+    g = check.stack(g, "g", op)
     batch, sizes = g.shape[:1], g.shape[1:]
     for name, pair in (("bases", bases), ("residuals", residuals)):
         for i, (x, size) in enumerate(zip(pair, sizes, strict=True)):

@@ -86,9 +86,7 @@ def momentum_update(
         TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.
     """
     op = "momentum_update"
-    buffer = check.matrix(buffer, "buffer", op)
-    if buffer.ndim != 3:
-        raise ValueError(f"{op}: `buffer` must have shape (b, n, m), got {tuple(buffer.shape)}")
+    buffer = check.stack(buffer, "buffer", op)
     check.shaped(g, "g", op, tuple(buffer.shape), buffer)
     check.mask(finite, "finite", op, buffer)
     direction: Tensor = _momentum_update(buffer, g, finite, float(decay), nesterov, maximize)
@@ -125,9 +123,7 @@ def parameter_update(
         TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.
     """
     op = "parameter_update"
-    u = check.matrix(u, "u", op)
-    if u.ndim != 3:
-        raise ValueError(f"{op}: `u` must have shape (b, n, m), got {tuple(u.shape)}")
+    u = check.stack(u, "u", op)
     params = list(params)
     for i, p in enumerate(params):
         check.shaped(p, f"params[{i}]", op, (len(p), *u.shape[1:]), u)
