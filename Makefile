@@ -16,7 +16,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 # `kernels/` and `optim/` at the root must not be importable under their own names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup train test bench aot gpu lint typecheck clean
+.PHONY: help setup train test bench soak aot gpu lint typecheck clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,9 @@ test: lint ## lint and run the tests
 
 bench: $(READY) ## time one optimizer step of each method
 	$(RUN) -m spectral_ops.bench steps $(ARGS)
+
+soak: $(READY) ## 10,000 steps in bf16 beside fp32: defects, errors, memory; fails over a limit
+	$(RUN) -m spectral_ops.bench soak $(ARGS)
 
 aot: $(READY) ## compile every kernel for GPUs that need not be there; fails on spills and the like
 	$(RUN) -m spectral_ops.bench aot $(ARGS)

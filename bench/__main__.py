@@ -6,6 +6,8 @@ import sys
 COMMANDS = {
     "train": "train a task with each method and compare",
     "steps": "time one optimizer step of each method",
+    "soak": "run many steps in bfloat16 beside float32 and check every limit",
+    "faults": "run every optimizer through every fault",
     "search": "tune one method on one task",
     "model": "print operations, bytes and the least time of every operation",
     "aot": "compile every kernel ahead of time and check it",

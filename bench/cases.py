@@ -529,7 +529,7 @@ class Average(Case):
             "cols": make.uniform(batch, down, m) * n / down,
             "squares": make.uniform(batch, down * across) * n * m / down / across,
             "d_c": make.spectrum(batch, n), "d_k": make.spectrum(batch, m), "scale": make.uniform(batch),
-            "step": 3 + updates, "updates": updates, "seed": make.seeds(batch),
+            "updates": updates, "seed": make.seeds(batch),
         }  # fmt: skip
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
@@ -537,12 +537,13 @@ class Average(Case):
         result = average.average(
             (rows, cols, squares), *state,
             beta=self.beta, damping=self.damping, relative_floor=self.relative_floor, streams=self.streams,
+            negligible=reference.NEGLIGIBLE,
         )  # fmt: skip
-        changed = {name: arguments[name] for name in ("d_c", "d_k", "scale", "step", "updates")}
+        changed = {name: arguments[name] for name in ("d_c", "d_k", "scale", "updates")}
         return changed | {name: value for name, value in result._asdict().items() if value is not None}
 
     def eager(self, arguments: Arguments) -> Results:
-        rows, cols, squares, d_c, d_k, scale, step, updates, seed = arguments.values()
+        rows, cols, squares, d_c, d_k, scale, updates, seed = arguments.values()
         n, m = d_c.shape[-1], d_k.shape[-1]
         square = squares.sum(-1)
         finite = square.isfinite()
@@ -566,7 +567,7 @@ class Average(Case):
         return {
             "d_c": diag[0].maximum(floor[0][:, None]), "d_k": diag[1].maximum(floor[1][:, None]),
             "scale": torch.where(usable, alpha * torch.exp(0.5 * (logs[0] + logs[1])), alpha),
-            "step": step + finite, "updates": updates, "diag_c": diag[0], "diag_k": diag[1],
+            "updates": updates, "diag_c": diag[0], "diag_k": diag[1],
             "weight_c": (beta * shrinks[0] / (alpha * m))[:, None] / d_k,
             "weight_k": (beta * shrinks[1] / (alpha * n))[:, None] / d_c,
             "keep": torch.stack(keep, -1), "floor": torch.stack(floor, -1), "usable": usable, "finite": finite,
@@ -592,7 +593,7 @@ class KronTrack(Case):
             "basis_c": make.orthogonal(batch, n, operands.dtype), "basis_k": make.orthogonal(batch, m, operands.dtype),
             "residual_c": make.hollow(batch, n, operands.dtype), "residual_k": make.hollow(batch, m, operands.dtype),
             "d_c": make.spectrum(batch, n), "d_k": make.spectrum(batch, m), "scale": make.uniform(batch),
-            "step": updates + 1, "updates": updates, "seed": make.seeds(batch),
+            "updates": updates, "seed": make.seeds(batch),
         }  # fmt: skip
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
@@ -721,20 +722,22 @@ class ParameterUpdate(Case):
         u = make.normal(batch, n, m, dtype=operands.gradient)
         return {
             "params": tuple(make.normal(n, m, dtype=operands.dtype) for _ in range(batch)), "u": u,
-            "squares": u.float().square().sum((-2, -1))[:, None], "finite": make.uniform(batch) > 0, "lr": make.uniform(1),
+            "squares": u.float().square().sum((-2, -1))[:, None], "finite": make.uniform(batch) > 0,
+            "step": torch.ones(batch, device=make.device), "skipped": torch.ones(batch, device=make.device).long(),
+            "lr": make.uniform(1),
         }  # fmt: skip
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         update.parameter_update(**arguments, weight_decay=self.weight_decay, normalize="rms", target=self.target)
-        return _numbered(p=arguments["params"])
+        return _numbered(p=arguments["params"]) | {name: arguments[name] for name in ("step", "skipped")}
 
     def eager(self, arguments: Arguments) -> Results:
-        params, u, squares, finite, lr = arguments.values()
+        params, u, squares, finite, step, skipped, lr = arguments.values()
         rms = (squares.sum(-1) / u[0].numel()).sqrt() + 1e-8
         u = u * torch.where(finite, self.target / rms, 0)[:, None, None]
         for p, x in zip(params, u, strict=True):
             p.sub_(lr * (x + self.weight_decay * p))
-        return _numbered(p=params)
+        return _numbered(p=params) | {"step": step + finite, "skipped": skipped + ~finite}
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
         return Work(0, (2 * size + gradient) * n * m)
@@ -753,18 +756,22 @@ class DiagonalStep(Case):
         return {
             "params": tensors(operands.dtype), "grads": tensors(operands.gradient), "momenta": tensors(torch.float32),
             "seconds": tuple(x.square() for x in tensors(torch.float32)),
-            "lr": torch.full((), 1e-2, device=make.device), "step": torch.full((), 5.0, device=make.device),
+            "steps": tuple(torch.full((), 4.0, device=make.device) for _ in range(batch)),
+            "skipped": tuple(torch.zeros((), dtype=torch.int64, device=make.device) for _ in range(batch)),
+            "lr": torch.full((), 1e-2, device=make.device),
         }  # fmt: skip
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         diagonal.diagonal_step(
-            **arguments, beta1=self.beta1, beta2=self.beta2, gamma=1.0, eps=self.eps,
-            weight_decay=self.weight_decay, batch_size=1.0, rule="adamw", maximize=False,
+            **arguments, weight_decay=[self.weight_decay] * len(arguments["params"]), beta1=self.beta1, beta2=self.beta2,
+            gamma=1.0, eps=self.eps, batch_size=1.0, rule="adamw", maximize=False,
         )  # fmt: skip
-        return _numbered(p=arguments["params"], m=arguments["momenta"], s=arguments["seconds"])
+        return _numbered(p=arguments["params"], m=arguments["momenta"], s=arguments["seconds"], step=arguments["steps"])
 
     def eager(self, arguments: Arguments) -> Results:
-        params, grads, momenta, seconds, lr, step = arguments.values()
+        params, grads, momenta, seconds, steps, _, lr = arguments.values()
+        torch._foreach_add_(steps, 1)
+        step = steps[0]
         grads = [reference.raised(g) for g in grads]
         torch._foreach_lerp_(momenta, grads, 1 - self.beta1)
         torch._foreach_mul_(seconds, self.beta2)
@@ -776,10 +783,10 @@ class DiagonalStep(Case):
         torch._foreach_mul_(updates, -lr / (1 - self.beta1**step))
         torch._foreach_mul_(params, 1 - lr * self.weight_decay)
         torch._foreach_add_(params, updates)
-        return _numbered(p=params, m=momenta, s=seconds)
+        return _numbered(p=params, m=momenta, s=seconds, step=steps)
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
-        return Work(0, (2 * size + gradient + 16) * n * m)
+        return Work(0, (2 * size + 2 * gradient + 16) * n * m)  # the gradient is read twice
 
 
 # --- Shared --------------------------------------------------------------------------------------------------------------

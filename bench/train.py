@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        saved = torch.load(options.resume, weights_only=True, map_location="cpu") if options.resume else None
+        saved = _load(options.resume) if options.resume else None
         experiment = Experiment(_experiment_options(options, saved and saved["options"]))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
@@ -126,6 +126,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"interrupted; to continue: --resume {checkpoint}" if checkpoint else "interrupted")
         raise SystemExit(130) from None
     experiment.report(options.out)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many types: the file may be cut off, or anything else
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {type(error).__name__}") from error
+    if not isinstance(saved, dict) or not {"options", "finished", "run"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of this command")
+    return saved
 
 
 def _train(experiment: Experiment, checkpoint: Path | None, every: int) -> None:

@@ -53,9 +53,9 @@ def _divided(diag, d, weight, n, shrink, coefficient, floor, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["row_parts", "col_parts", "parts", "batch"])
 def _average(
-    rows, cols, squares, row_parts, col_parts, parts, d_c, d_k, scale, step, updates, seed,
+    rows, cols, squares, row_parts, col_parts, parts, d_c, d_k, scale, updates, seed,
     diag_c, diag_k, weight_c, weight_k, keep, floor, usable, finite, seeds,
-    beta_min, damping, relative_floor, stream_step, stream_side, n, m, batch, BLOCK: tl.constexpr,
+    beta_min, damping, relative_floor, negligible, stream_step, stream_side, n, m, batch, BLOCK: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(0).to(tl.int64)
     d_c += matrix * n
@@ -64,7 +64,7 @@ def _average(
     diag_k += matrix * m
     square = tiles.total(squares + matrix * parts, parts, BLOCK)
     is_finite = tl.abs(square) < float("inf")  # false for NaN
-    ok = is_finite & (square > 0)
+    ok = is_finite & (square / n / m > negligible)
     count = tl.load(updates + matrix) + ok.to(tl.float32)
     alpha = tl.where(ok & (count <= 1), square / n / m, tl.load(scale + matrix))
     beta = tl.maximum(1.0 / (count + 1.0), beta_min)
@@ -84,7 +84,6 @@ def _average(
     tl.store(floor + 2 * matrix, floor_c)
     tl.store(floor + 2 * matrix + 1, floor_k)
     tl.store(scale + matrix, tl.where(ok, alpha * tl.exp(0.5 * (log_c + log_k)), alpha))
-    tl.store(step + matrix, tl.load(step + matrix) + is_finite.to(tl.float32))
     tl.store(updates + matrix, count)
     tl.store(usable + matrix, ok)
     tl.store(finite + matrix, is_finite)
@@ -101,18 +100,19 @@ class Averaged(NamedTuple):
     weight_k: Tensor  # (b, n), what the right one multiplies its rows by
     keep: Tensor  # (b, 2), what the old residuals are multiplied by
     floor: Tensor  # (b, 2), the least eigenvalue
-    usable: Tensor  # (b,) bool: a finite gradient that is not zero
+    usable: Tensor  # (b,) bool: a finite gradient that is not negligible
     finite: Tensor  # (b,) bool
     seeds: Tensor | None  # (2, b) int64, of this update's rounding
 
 
 def average(
-    moments: tuple[Tensor, Tensor, Tensor], d_c: Tensor, d_k: Tensor, scale: Tensor, step: Tensor, updates: Tensor,
-    seed: Tensor | None, *, beta: float, damping: float, relative_floor: float, streams: tuple[int, int],
+    moments: tuple[Tensor, Tensor, Tensor], d_c: Tensor, d_k: Tensor, scale: Tensor, updates: Tensor,
+    seed: Tensor | None, *, beta: float, damping: float, relative_floor: float, negligible: float, streams: tuple[int, int],
 ) -> Averaged:  # fmt: skip
-    """Advance `d_c` `(b, n)`, `d_k` `(b, m)`, `scale`, `step` and `updates` `(b,)`, all float32, in place.
+    """Advance `d_c` `(b, n)`, `d_k` `(b, m)`, `scale` and `updates` `(b,)`, all float32, in place.
 
-    `moments` are what `rotate` gives beside the gradient; `beta` is the least share of the new curvature.
+    `moments` are what `rotate` gives beside the gradient; `beta` is the least share of the new curvature; gradients whose mean
+    square is at most `negligible` change nothing.
     """
     rows, cols, squares = moments
     (batch, n), m = d_c.shape, d_k.shape[-1]
@@ -128,8 +128,8 @@ def average(
     launch(
         _average, batch, TILE, rows=rows, cols=cols, squares=squares,
         row_parts=rows.shape[1], col_parts=cols.shape[1], parts=squares.shape[1],
-        d_c=d_c, d_k=d_k, scale=scale, step=step, updates=updates, seed=seed, **result._asdict(),
-        beta_min=beta, damping=damping, relative_floor=relative_floor, stream_step=streams[0], stream_side=streams[1],
-        n=n, m=m, batch=batch, BLOCK=TILE.block,
+        d_c=d_c, d_k=d_k, scale=scale, updates=updates, seed=seed, **result._asdict(),
+        beta_min=beta, damping=damping, relative_floor=relative_floor, negligible=negligible,
+        stream_step=streams[0], stream_side=streams[1], n=n, m=m, batch=batch, BLOCK=TILE.block,
     )  # fmt: skip
     return result

@@ -1,11 +1,13 @@
-"""Elementwise optimizers, in place: all tensors, of any sizes, in one launch.
+"""Elementwise optimizers, in place: all tensors, of any sizes, in two launches. The first finds whose gradients are finite.
 
-A table on the device has a row of addresses for each tensor, its size, and the number of its first program.
+A table on the device has a column for each tensor: addresses, size, weight decay, and its first program in either launch.
 """
 
+import struct
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +19,9 @@ from spectral_ops.kernels.update import TYPES, at, learning_rate, table
 
 ELEMENTWISE = Config(1024, 0, 4, 1)
 CHUNK = 8 * ELEMENTWISE.block  # elements that a program steps through
+CHECKED = 16 * CHUNK  # and that one checks, more, since every program of a tensor adds up all its checks
+ROWS = 10  # of the table
+P, G, M, S, STEP, SKIPPED, SIZE, DECAY, FIRST, FIRST_CHECK = (tl.constexpr(row) for row in range(ROWS))
 
 
 @triton.jit
@@ -43,7 +48,7 @@ def _less_than_one(rest, t):
 @triton.jit
 def _step(
     p, g, m, s, inside, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-    P: tl.constexpr, M: tl.constexpr, S: tl.constexpr, ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr,
+    PARAM: tl.constexpr, FIRST_MOMENT: tl.constexpr, SECOND_MOMENT: tl.constexpr, ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """The elements at these addresses, where `inside`; None: at all."""
     grad = tl.load(g, mask=inside).to(tl.float32)
@@ -56,64 +61,107 @@ def _step(
     else:
         average = beta1 * average + grad / (second + eps) + weight_decay * old
         new = old - rate * average
-    tl.store(p, tiles.rounded(new, P, None), mask=inside)
-    tl.store(m, tiles.rounded(average, M, None), mask=inside)
-    tl.store(s, tiles.rounded(second, S, None), mask=inside)
+    tl.store(p, tiles.rounded(new, PARAM, None), mask=inside)
+    tl.store(m, tiles.rounded(average, FIRST_MOMENT, None), mask=inside)
+    tl.store(s, tiles.rounded(second, SECOND_MOMENT, None), mask=inside)
+
+
+@triton.jit
+def _bounds(table, count, first: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program: its tensor, its number among the tensor's programs, its first element, how many it has."""
+    index = _owner(table + first * count, count, BLOCK)
+    t = tl.program_id(0) - tl.load(table + first * count + index)
+    start = t * CHUNK
+    return index, t, start, tl.minimum(tl.load(table + SIZE * count + index) - start, CHUNK).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _diagonal_squares(
+    table, count, squares, before,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of the gradients. The counters of steps are copied: the next launch reads and advances them."""
+    index, t, start, left = _bounds(table, count, FIRST_CHECK, CHUNK, BLOCK)
+    g = at(table + G * count + index, start, GRAD, ALIGNED)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, left, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        x = tl.load(g + o, mask=o < left, other=0.0).to(tl.float32)
+        acc += x * x
+    tl.store(squares + tl.program_id(0), tl.sum(acc))
+    if t == 0:
+        tl.store(before + index, tl.load(tl.load(table + STEP * count + index).to(tl.pointer_type(tl.float32))))
 
 
 @triton.jit(do_not_specialize=["count"])
 def _diagonal(
-    rows, count, lr, step, beta1, rest1, rest2, keep, gain, eps, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, LOAD_LR: tl.constexpr,
-    ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    table, count, squares, before, lr, beta1, rest1, rest2, keep, gain, eps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, FIRST_MOMENT: tl.constexpr, SECOND_MOMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    LOAD_LR: tl.constexpr, ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr, CHECKED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first = rows + 5 * count
-    index = _owner(first, count, BLOCK)
-    start = (tl.program_id(0) - tl.load(first + index)) * CHUNK
-    left = tl.minimum(tl.load(rows + 4 * count + index) - start, CHUNK).to(tl.int32)
-    p = at(rows + index, start, P, ALIGNED)
-    g = at(rows + count + index, start, G, ALIGNED)
-    m = at(rows + 2 * count + index, start, M, ALIGNED)
-    s = at(rows + 3 * count + index, start, S, ALIGNED)
+    index, t, start, left = _bounds(table, count, FIRST, CHUNK, BLOCK)
+    parts = tl.cdiv(tl.load(table + SIZE * count + index), CHECKED)
+    square = tiles.total(squares + tl.load(table + FIRST_CHECK * count + index), parts, BLOCK)
+    finite = square < float("inf")  # false for NaN
     rate = tl.load(lr).to(tl.float32) if LOAD_LR else lr
-    size, root = rate, 1.0
-    if ADAMW:
-        steps = tl.load(step).to(tl.int32)
-        size, root = rate / _less_than_one(rest1, steps), tl.sqrt(_less_than_one(rest2, steps))
-    for i in range(0, left, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        inside = o < left
-        if i + BLOCK <= left:  # masks of a size that is not known to the compiler would forbid vector stores
-            _step(
-                p + o, g + o, m + o, s + o, None, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-                P, M, S, ADAMW, MAXIMIZE,
-            )  # fmt: skip
-        else:
-            _step(
-                p + o, g + o, m + o, s + o, inside, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-                P, M, S, ADAMW, MAXIMIZE,
-            )  # fmt: skip
+    moves = finite & ((square > 0) | (rate != 0))  # a step that moves nothing is none
+    step = tl.load(before + index) + 1
+    if t == 0:
+        if moves:
+            tl.store(tl.load(table + STEP * count + index).to(tl.pointer_type(tl.float32)), step)
+        if not finite:
+            skipped = tl.load(table + SKIPPED * count + index).to(tl.pointer_type(tl.int64))
+            tl.store(skipped, tl.load(skipped) + 1)
+    if moves:
+        p = at(table + P * count + index, start, PARAM, ALIGNED)
+        g = at(table + G * count + index, start, GRAD, ALIGNED)
+        m = at(table + M * count + index, start, FIRST_MOMENT, ALIGNED)
+        s = at(table + S * count + index, start, SECOND_MOMENT, ALIGNED)
+        weight_decay = tl.load(table + DECAY * count + index).to(tl.int32).to(tl.float32, bitcast=True)
+        size, root = rate, 1.0
+        if ADAMW:
+            size = rate / _less_than_one(rest1, step.to(tl.int32))
+            root = tl.sqrt(_less_than_one(rest2, step.to(tl.int32)))
+        for i in range(0, left, BLOCK):
+            o = i + tl.arange(0, BLOCK)
+            inside = o < left
+            if i + BLOCK <= left:  # masks of a size that is not known to the compiler would forbid vector stores
+                _step(
+                    p + o, g + o, m + o, s + o, None, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
+                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, MAXIMIZE,
+                )  # fmt: skip
+            else:
+                _step(
+                    p + o, g + o, m + o, s + o, inside, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
+                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, MAXIMIZE,
+                )  # fmt: skip
 
 
 def diagonal_step(
     params: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], seconds: Sequence[Tensor],
-    lr: Tensor, step: Tensor, beta1: float, beta2: float, gamma: float, eps: float, weight_decay: float,
-    batch_size: float, rule: str, maximize: bool,
+    steps: Sequence[Tensor], skipped: Sequence[Tensor], lr: Tensor, weight_decay: Sequence[float],
+    beta1: float, beta2: float, gamma: float, eps: float, batch_size: float, rule: str, maximize: bool,
 ) -> None:  # fmt: skip
-    """Tensors of one dtype in each list, all contiguous; the four of a parameter have its shape. `lr` and `step` have
-    one element, and `step` is float32."""
-    lists = params, grads, momenta, seconds
-    rate = learning_rate(lr, params[0].device)
-    key = tuple((*(x.data_ptr() for x in four), four[0].numel()) for four in zip(*lists, strict=True))
-    ends = list(accumulate((cdiv(row[4], CHUNK) for row in key), initial=0))
-    adamw = rule == "adamw"
+    """Tensors of one dtype in each of the first four lists, all contiguous; the four of a parameter have its shape. `steps` are
+    float32 and `skipped` int64, of one element, as `lr` is."""
+    device, adamw = params[0].device, rule == "adamw"
+    rate = learning_rate(lr, device)
+    key = tuple(
+        (*(x.data_ptr() for x in tensors), tensors[0].numel(), struct.unpack("<i", struct.pack("<f", decay))[0])
+        for *tensors, decay in zip(params, grads, momenta, seconds, steps, skipped, weight_decay, strict=True)
+    )
+    ends, checks = (list(accumulate((max(1, cdiv(row[6], size)) for row in key), initial=0)) for size in (CHUNK, CHECKED))
+    columns = table(key, lambda: [x for row in zip(*key, strict=True) for x in row] + ends[:-1] + checks[:-1], device)
+    squares = torch.empty(checks[-1], dtype=torch.float32, device=device)
+    shared = {
+        "table": columns, "count": len(params), "squares": squares, "before": torch.empty_like(squares[: len(params)]),
+        "GRAD": TYPES[grads[0].dtype], "ALIGNED": all(x % 16 == 0 for row in key for x in row[:4]), "BLOCK": ELEMENTWISE.block,
+    }  # fmt: skip
+    launch(_diagonal_squares, checks[-1], ELEMENTWISE, **shared, CHUNK=CHECKED)
     launch(
-        _diagonal, ends[-1], ELEMENTWISE,
-        rows=table(key, lambda: [x for row in zip(*key, strict=True) for x in row] + ends[:-1], params[0].device),
-        count=len(params), lr=rate, step=step, beta1=beta1, rest1=1 - beta1, rest2=1 - beta2,
-        keep=beta2 if adamw else 1 - (1 - beta2) * gamma, gain=(1 - beta2) * (1.0 if adamw else batch_size),
-        eps=eps, weight_decay=weight_decay,
-        **{name: TYPES[x[0].dtype] for name, x in zip("PGMS", lists, strict=True)},
-        ALIGNED=all(x % 16 == 0 for row in key for x in row[:4]), LOAD_LR=isinstance(rate, Tensor),
-        ADAMW=adamw, MAXIMIZE=maximize, CHUNK=CHUNK, BLOCK=ELEMENTWISE.block,
+        _diagonal, ends[-1], ELEMENTWISE, **shared, lr=rate, beta1=beta1, rest1=1 - beta1, rest2=1 - beta2,
+        keep=beta2 if adamw else 1 - (1 - beta2) * gamma, gain=(1 - beta2) * (1.0 if adamw else batch_size), eps=eps,
+        PARAM=TYPES[params[0].dtype], FIRST_MOMENT=TYPES[momenta[0].dtype], SECOND_MOMENT=TYPES[seconds[0].dtype],
+        LOAD_LR=isinstance(rate, Tensor), ADAMW=adamw, MAXIMIZE=maximize, CHECKED=CHECKED, CHUNK=CHUNK,
     )  # fmt: skip

@@ -89,17 +89,23 @@ def momentum(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: 
 
 @triton.jit(do_not_specialize=["parts"])
 def _parameter_update(
-    pointers, u, squares, parts, finite, lr, weight_decay, target, size,
+    pointers, u, squares, parts, finite, step, skipped, lr, weight_decay, target, size,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, LOAD_LR: tl.constexpr, NORMALIZE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = tl.cdiv(size, CHUNK)
     matrix, t = (tl.program_id(0) // count).to(tl.int64), tl.program_id(0) % count
-    if tl.load(finite + matrix):
+    if not tl.load(finite + matrix):
+        if t == 0:
+            tl.store(skipped + matrix, tl.load(skipped + matrix) + 1)
+    else:
         rate = tl.load(lr).to(tl.float32) if LOAD_LR else lr
+        square = tiles.total(squares + matrix * parts, parts, BLOCK)
+        if t == 0:  # a step that moves nothing is none
+            tl.store(step + matrix, tl.load(step + matrix) + ((square > 0) | (rate != 0)).to(tl.float32))
         factor = 1.0
         if NORMALIZE != "none":
-            rms = tl.sqrt(tiles.total(squares + matrix * parts, parts, BLOCK) / size) + EPSILON
+            rms = tl.sqrt(square / size) + EPSILON
             factor = target / rms if NORMALIZE == "rms" else 1.0 / tl.maximum(rms, 1.0)
         start = t.to(tl.int64) * CHUNK
         p = at(pointers + matrix, start, TYPE, ALIGNED)
@@ -114,11 +120,11 @@ def _parameter_update(
 
 
 def parameter_update(
-    params: Sequence[Tensor], u: Tensor, squares: Tensor, finite: Tensor, lr: Tensor, weight_decay: float,
-    normalize: str, target: float,
+    params: Sequence[Tensor], u: Tensor, squares: Tensor, finite: Tensor, step: Tensor, skipped: Tensor, lr: Tensor,
+    weight_decay: float, normalize: str, target: float,
 ) -> None:  # fmt: skip
     """`params` are contiguous, `(count, n, m)` or `(n, m)`, of one dtype; together as many matrices as `u` `(b, n, m)`.
-    `squares` is `(b, parts)`, float32, `finite` `(b,)`; `lr` has one element."""
+    `squares` is `(b, parts)`, float32, `finite` `(b,)`, `step` float32 and `skipped` int64 `(b,)`; `lr` has one element."""
     batch, n, m = u.shape
     rate = learning_rate(lr, u.device)
     blocks = tuple((p.data_ptr(), p.numel() // (n * m)) for p in params)
@@ -126,7 +132,8 @@ def parameter_update(
     launch(
         _parameter_update, batch * cdiv(n * m, CHUNK), ELEMENTWISE,
         pointers=table((blocks, stride), lambda: [p + i * stride for p, count in blocks for i in range(count)], u.device),
-        u=u, squares=squares, parts=squares.shape[1], finite=finite, lr=rate, weight_decay=weight_decay, target=target,
+        u=u, squares=squares, parts=squares.shape[1], finite=finite, step=step, skipped=skipped, lr=rate,
+        weight_decay=weight_decay, target=target,
         size=n * m, TYPE=TYPES[params[0].dtype], ALIGNED=all(p % 16 == 0 for p, _ in blocks) and stride % 16 == 0,
         LOAD_LR=isinstance(rate, Tensor), NORMALIZE=normalize, CHUNK=CHUNK, BLOCK=ELEMENTWISE.block,
     )  # fmt: skip

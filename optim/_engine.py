@@ -1,9 +1,8 @@
 """What all matrix optimizers share: which parameters are matrices, batches of equal shapes, AdamW for the rest, state.
 
-A parameter is one or more *pieces*, each a view of shape `(count, n, m)`: a 2-D weight is one piece of count 1, a
-stack of experts one of count E, a fused QKV weight as many as it has different shapes. Pieces of equal shape and dtype in a
-parameter group are computed as one batch. State lives per parameter in `self.state[p]`, as views into the batch's stacks,
-so that a step copies nothing and a checkpoint does not depend on how parameters were batched.
+A parameter is one or more pieces (`_pieces.py`), each a stack of matrices. Pieces of equal shape and dtype in a parameter group
+are computed as one batch. State lives per parameter in `self.state[p]`, as views into the batch's stacks, so that a step copies
+nothing and a checkpoint does not depend on how parameters were batched.
 """
 
 import math
@@ -17,103 +16,45 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import spectral_ops as ops
+from spectral_ops.optim import _options as check
+from spectral_ops.optim._checkpoint import Loading
+from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares
 from spectral_ops.optim._routing import elementwise_name
+from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
 
-Group = dict[str, Any]
 ALGORITHMS = (None, "matrix", "adamw")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows `start … start + length` of a parameter, as `count` matrices of `n × m`. `lead` is `(count,)` or `()`."""
-
-    parameter: Tensor
-    start: int
-    length: int
-    lead: tuple[int, ...]
-    n: int
-    m: int
-    suffix: str
-    index: int  # of the parameter in the optimizer
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.lead)
-
-    @property
-    def grad(self) -> Tensor:
-        assert self.parameter.grad is not None  # parameters without one are not in a batch
-        return self.parameter.grad
-
-    def rows(self, x: Tensor) -> Tensor:
-        """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
-        return x if self.length == x.shape[0] else x.narrow(0, self.start, self.length)
-
-    def matrices(self, x: Tensor) -> Tensor:
-        """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
-        return self.rows(x).reshape(-1, self.n, self.m)
+WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
 
 
 @dataclass
 class Batch:
-    """Pieces of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
+    """Matrices of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
 
     `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
+    `due` are the rows whose factors are to be updated in this step, None: all.
     """
 
-    pieces: list[Piece]
     grad: Tensor
     state: dict[str, Tensor]
+    due: slice | None
     finite: Tensor
 
     def check(self) -> Tensor:
         """Set `finite`, and return which gradients are usable: finite and not zero."""
         norm = torch.linalg.vector_norm(self.grad, dim=(-2, -1), dtype=accumulation_dtype(self.grad.dtype))
-        self.finite = norm < math.inf
+        self.finite = norm.square() < math.inf
         return self.finite & (norm > 0)
 
     def clean_grad(self) -> Tensor:
         """The gradient in the accumulation dtype, zero where it is not finite."""
         return torch.where(block(self.finite), raised(self.grad), 0)
 
-
-def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
-    """Cut a parameter into pieces by the group's `conv`, `split_sizes` and `num_heads`."""
-    shape = tuple(p.shape)
-    is_conv = group["conv"] if group["conv"] is not None else p.ndim > 3
-    if p.ndim > 2 and not is_conv:
-        yield Piece(p, 0, shape[0], (math.prod(shape[:-2]),), shape[-2], shape[-1], "", index)
-        return
-    rows, m = shape[0], math.prod(shape[1:])
-    sizes = group["split_sizes"] or [rows]
-    heads = group["num_heads"] or 1
-    heads = [heads] * len(sizes) if isinstance(heads, int) else list(heads)
-    if sum(sizes) != rows or len(heads) != len(sizes) or any(s % h for s, h in zip(sizes, heads, strict=False)):
-        raise ValueError(
-            f"split_sizes={group['split_sizes']} and num_heads={group['num_heads']} do not divide the {rows} rows "
-            f"of a parameter of shape {shape}"
-        )
-    if len(set(zip(sizes, heads, strict=True))) == 1:  # equal parts: one piece
-        count = len(sizes) * heads[0]
-        yield Piece(p, 0, rows, (count,) if count > 1 else (), rows // count, m, "", index)
-        return
-    start = 0
-    for i, (size, h) in enumerate(zip(sizes, heads, strict=True)):
-        yield Piece(p, start, size, (h,) if h > 1 else (), size // h, m, f"_{i}", index)
-        start += size
-
-
-def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece], Tensor]]:
-    """Each class with its gradients `(b, n, m)`. All gradients of one dtype and device are copied together, in one launch."""
-    kinds: dict[Any, list[Any]] = {}
-    for key, members in classes.items():
-        kinds.setdefault((members[0].grad.dtype, members[0].grad.device), []).append(key)
-    for keys in kinds.values():
-        flat = torch.cat([piece.rows(piece.grad).reshape(-1) for key in keys for piece in classes[key]])
-        sizes = [sum(piece.count * piece.n * piece.m for piece in classes[key]) for key in keys]
-        for key, g in zip(keys, flat.split(sizes), strict=True):
-            yield key, classes[key], g.view(-1, classes[key][0].n, classes[key][0].m)
+    def part(self) -> "Batch":
+        """The rows that are due, as views."""
+        if self.due is None:
+            return self
+        return Batch(self.grad[self.due], {name: x[self.due] for name, x in self.state.items()}, None, self.finite)
 
 
 class MatrixOptimizer(Optimizer):
@@ -127,40 +68,78 @@ class MatrixOptimizer(Optimizer):
         "num_heads": None,
         "adamw_betas": (0.9, 0.95),
         "adamw_eps": 1e-8,
+        "update_interval": 1,
         "maximize": False,
-        "step": 0,
+        "capturable": False,
+        "step": 0,  # only where the interval is not 1: whose turn it is
     }
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(self, params: Any, defaults: dict[str, Any], unknown: dict[str, Any]):
+        """`unknown` options are refused, but for what says no: frameworks pass `fused=False` to any optimizer."""
+        for name, value in unknown.items():
+            if value:
+                raise TypeError(f"{type(self).__name__} has no option `{name}`, got {value!r}")
+        self._forget()
+        super().__init__(params, plain(self.shared_defaults | defaults))
+
+    def _forget(self) -> None:
+        """Drop what is not state: stacks whose parts may have been replaced, buffers, what was warned of."""
         self._stacks: dict[Any, tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
         self._warned = False
-        super().__init__(params, self.shared_defaults | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stacks, self._warned = {}, False
+        self._forget()
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update(plain(self.defaults | group))
 
     def add_param_group(self, param_group: Group) -> None:
-        merged = self.defaults | param_group
-        if merged["algorithm"] not in ALGORITHMS:
-            raise ValueError(f"`algorithm` must be one of {ALGORITHMS}, got {merged['algorithm']!r}")
-        self.check_options(merged)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
+        param_group = plain(param_group)
+        params = param_group["params"]
+        if not isinstance(params, Tensor | set):  # of which torch makes a list, and an error
+            param_group = param_group | {"params": list(params)}
+            if not param_group["params"]:
+                raise ValueError(f"parameter group {len(self.param_groups)} is empty")
+        self._check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        once = {id(p): i for i, p in reversed(list(enumerate(group["params"])))}  # of a tied one, of which torch has warned
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in sorted(once.values())]
         try:
             self._check_parameters(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def _check_group(self, group: Group) -> None:
+        check.choice(group, "algorithm", ALGORITHMS)
+        check.learning_rate(group)
+        check.number(group, "weight_decay")
+        check.decays(group, "adamw_betas")
+        check.number(group, "adamw_eps")
+        check.whole(group, "update_interval")
+        check.parts(group)
+        if group["capturable"] and group["update_interval"] != 1:
+            raise ValueError(
+                "`capturable=True` needs `update_interval=1`, since a captured graph does the same work in every replay; "
+                f"got {group['update_interval']}"
+            )
+        self.check_options(group)
+
     def _check_parameters(self, group: Group) -> None:
-        if not group["params"]:
-            raise ValueError(f"parameter group {len(self.param_groups) - 1} is empty")
         for i, p in enumerate(group["params"]):
             if not p.is_floating_point():
                 raise TypeError(f"{type(self).__name__}: {name_of(group, i)} is {p.dtype}; only real floating-point works")
+            if group["capturable"] and isinstance(group["lr"], Tensor) and group["lr"].device != p.device:
+                raise ValueError(
+                    f"{type(self).__name__}: with `capturable=True` a tensor `lr` must be on {p.device} as {name_of(group, i)} "
+                    f"is, got {group['lr'].device}: a graph would keep its value"
+                )
             if self._is_matrix(group, i):
                 list(pieces(p, group))  # raises where the group's split does not fit
 
@@ -174,12 +153,12 @@ class MatrixOptimizer(Optimizer):
         return ()
 
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
-        """State of one piece; every tensor has the leading dimensions `piece.lead`."""
+        """State of one piece, beside its counters; every tensor has the leading dimensions `piece.lead`."""
         raise NotImplementedError
 
     def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
-        """Advance `batch.state`. Return the update `(b, n, m)`, to be multiplied by `−lr`, its sums of squares `(b, parts)` and
-        how `parameter_update` normalises it."""
+        """Advance `batch.state`, but for the counters. Return the update `(b, n, m)`, to be multiplied by `−lr`, its sums of
+        squares `(b, parts)` and how `parameter_update` normalises it."""
         raise NotImplementedError
 
     # The step ---------------------------------------------------------------------------------------------------------
@@ -191,22 +170,43 @@ class MatrixOptimizer(Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss; its value is returned.
         """
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # All gradients are checked before anything changes.
         work = [(group, *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
-        for group, classes, _ in work:
-            group["step"] += 1
+        for number, (group, classes, _) in enumerate(work):
+            schedule, joint = self._schedule(number, group), shares(classes)
             for key, members, g in gathered(classes):
-                self._step_batch(group, key, members, g)
+                due = schedule.rows(members, group["step"]) if schedule else None
+                if any(piece.index in joint for piece in members):
+                    none = g.new_zeros(())
+                    g += block(torch.cat([joint.get(piece.index, none).to(g.dtype).expand(piece.count) for piece in members]))
+                self._step_batch(group, key, members, g, due)
         self._step_adamw([(group, params) for group, _, params in work])
         return loss
 
+    def _check_capture(self) -> None:
+        if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a CUDA graph captures a step of {type(self).__name__}, which needs capturable=True for that")
+
+    def skipped_steps(self) -> Tensor:
+        """How many times a parameter was left untouched because its gradient, or the square of it, was not finite: an int64
+        tensor of no dimension, where the parameters are. Reading its value waits for them, calling this does not. Each
+        parameter's own count is `optimizer.state[p]["skipped"]`."""
+        counts = []
+        for state in self.state.values():
+            own = [value for name, value in state.items() if name.startswith("skipped")]
+            counts += [x.flatten()[0] for x in own[:1]]  # all matrices of a parameter skip together
+        device = counts[0].device if counts else None
+        return sum((count.to(device) for count in counts), torch.zeros((), dtype=torch.int64, device=device))
+
     def _collect(self, number: int, group: Group) -> tuple[dict[Any, list[Piece]], list[Tensor]]:
         """The parameters of a group that have a gradient: pieces by class, and what takes AdamW."""
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
         classes: dict[Any, list[Piece]] = {}
         elementwise = []
         layout = self.layout(group)
@@ -217,59 +217,70 @@ class MatrixOptimizer(Optimizer):
             if not self._is_matrix(group, i):
                 elementwise.append(p)
                 continue
-            for piece in pieces(p, group, first + i):
+            for piece in self._pieces(number, group, i):
                 key = (number, layout, piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
                 classes.setdefault(key, []).append(piece)
         return classes, elementwise
 
-    def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor) -> None:
-        batch = Batch(members, g, self._stack(group, key, members), torch.empty(0))
+    def _pieces(self, number: int, group: Group, i: int) -> Iterator[Piece]:
+        before = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
+        return pieces(group["params"][i], group, before + i)
+
+    def _schedule(self, number: int, group: Group) -> Schedule | None:
+        """Whose turn it is in this step; None: everybody's."""
+        if group["update_interval"] == 1:
+            return None
+        if isinstance(group["lr"], Tensor) or group["lr"] != 0:  # distributed checkpointing steps with 0 to make the state
+            group["step"] += 1
+        if group["step"] <= WARM_STEPS:
+            return None
+        matrices = (i for i, p in enumerate(group["params"]) if p.numel() and self._is_matrix(group, i))
+        return Schedule((piece for i in matrices for piece in self._pieces(number, group, i)), group["update_interval"])
+
+    def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor, due: slice | None) -> None:
+        state = self._stack(group, key, members)
+        batch = Batch(g, state, due, torch.empty(0))
         u, squares, normalize = self.update(group, batch)
         views = [piece.matrices(piece.parameter) for piece in members]
         ops.parameter_update(
-            views, u, squares, batch.finite, group["lr"], weight_decay=group["weight_decay"], normalize=normalize
-        )
+            views, u, squares, batch.finite, state["step"], state["skipped"], group["lr"],
+            weight_decay=group["weight_decay"], normalize=normalize,
+        )  # fmt: skip
         for piece, view in zip(members, views, strict=True):
             if not piece.parameter.is_contiguous():  # then the view was a copy
                 rows = piece.rows(piece.parameter)
                 rows.copy_(view.view(rows.shape))
 
     def _step_adamw(self, work: list[tuple[Group, list[Tensor]]]) -> None:
-        """`torch.optim.AdamW(fused=True)` for the rest of each group; its kernel is called directly, so that the counters of
-        all groups advance in one launch."""
-        kinds: dict[Any, tuple[Group, list[Tensor]]] = {}
+        """AdamW for the rest, all groups of one learning rate together."""
+        calls: dict[Any, tuple[Group, list[Tensor], list[float]]] = {}
         for number, (group, params) in enumerate(work):
+            lr = id(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]
+            if torch.compiler.is_compiling():
+                lr = number  # comparing a number would compile the step anew for each of its values
+            options = (lr, tuple(group["adamw_betas"]), group["adamw_eps"], group["maximize"], group["capturable"])
             for p in params:
-                state = self.state[p]
-                if "exp_avg" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                kinds.setdefault((number, p.device, p.dtype), (group, []))[1].append(p)
-        steps: dict[torch.device, list[Tensor]] = {}
-        for _, params in kinds.values():
-            steps.setdefault(params[0].device, []).extend(self.state[p]["step"] for p in params)
-        for counters in steps.values():
-            torch._foreach_add_(counters, 1)
-        for group, params in kinds.values():
-            states, lr, (beta1, beta2) = [self.state[p] for p in params], group["lr"], group["adamw_betas"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                lr = lr.to(params[0].device, non_blocking=True)
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],  # type: ignore[misc]
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [],
-                [s["step"] for s in states],
-                amsgrad=False,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["adamw_eps"],
-                maximize=group["maximize"],
-            )
+                _, mine, decays = calls.setdefault((options, p.device, p.dtype), (group, [], []))
+                mine.append(p)
+                decays.append(group["weight_decay"])
+        for group, params, decays in calls.values():
+            states = [self._elementwise_state(p) for p in params]
+            ops.diagonal_update(
+                params, self._fixed(params) if group["capturable"] else [p.grad for p in params],  # type: ignore[misc]
+                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states],
+                [s["skipped"] for s in states], group["lr"], rule="adamw", betas=group["adamw_betas"],
+                eps=group["adamw_eps"], weight_decay=decays, maximize=group["maximize"],
+            )  # fmt: skip
+
+    def _fixed(self, params: list[Tensor]) -> list[Tensor]:
+        """Copies of the gradients, always at the same addresses: a kernel that is captured in a graph finds tensors through a
+        table that was made before, and gradients may move."""
+        for p in params:
+            if p not in self._buffers:
+                self._buffers[p] = torch.empty_like(p.grad, memory_format=torch.contiguous_format)
+        buffers = [self._buffers[p] for p in params]
+        torch._foreach_copy_(buffers, [p.grad for p in params])  # type: ignore[misc]
+        return buffers
 
     # Routing and state ------------------------------------------------------------------------------------------------
 
@@ -311,7 +322,7 @@ class MatrixOptimizer(Optimizer):
         for name, stack in stacks.items():
             parts = stack.split([piece.count for piece in members])
             for piece, part, mine in zip(members, parts, views, strict=True):
-                view = part if piece.lead else part[0]
+                view = part if piece.lead else part.squeeze(0)
                 mine[name + piece.suffix] = self.state[piece.parameter][name + piece.suffix] = view
         self._stacks[key] = stacks, views
         return stacks
@@ -319,17 +330,40 @@ class MatrixOptimizer(Optimizer):
     def _state_of(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         """A piece's state, without the suffix in its names; new if it has none."""
         held = self.state[piece.parameter]
-        fresh = self.init_state(group, piece)
-        missing = [name for name in fresh if name + piece.suffix not in held]
-        if missing and len(missing) < len(fresh):
-            raise RuntimeError(
-                f"the state of a parameter of shape {tuple(piece.parameter.shape)} lacks {missing}: it was made by other "
-                "options. Set the group's options as they were when it was saved, or start with a new optimizer."
-            )
-        if missing:
+        wanted = self._fresh(group, piece.on_meta())
+        missing = [name for name in wanted if name + piece.suffix not in held]
+        if len(missing) == len(wanted):
             self._warn_if_large(group, piece)
-            return fresh
-        return {name: held[name + piece.suffix] for name in fresh}
+            return self._fresh(group, piece)
+        shape = tuple(piece.parameter.shape)
+        if missing:
+            raise RuntimeError(
+                f"the state of a parameter of shape {shape} lacks {missing}: it was made by other options. Set the group's "
+                "options as they were when it was made, or start with a new optimizer."
+            )
+        mine = {name: held[name + piece.suffix] for name in wanted}
+        if any(mine[name].shape != x.shape for name, x in wanted.items()):
+            raise RuntimeError(f"a parameter has shape {shape} now, and its state is of another: start with a new optimizer")
+        return {name: x.to(device=piece.parameter.device, dtype=wanted[name].dtype) for name, x in mine.items()}
+
+    def _fresh(self, group: Group, piece: Piece) -> dict[str, Tensor]:
+        return counters(piece.parameter, piece.lead) | self.init_state(group, piece)
+
+    def _elementwise_state(self, p: Tensor) -> dict[str, Tensor]:
+        if not self.state[p]:
+            self.state[p] = fresh_adamw(p)
+        return self.state[p]
+
+    def _expected_state(self, number: int, group: Group, i: int) -> dict[str, Tensor]:
+        """What the state of a parameter is made of, as tensors without data."""
+        p = group["params"][i]
+        if not self._is_matrix(group, i):
+            return fresh_adamw(torch.empty_like(p, device="meta"))
+        return {
+            name + piece.suffix: value
+            for piece in self._pieces(number, group, i)
+            for name, value in self._fresh(group, piece.on_meta()).items()
+        }
 
     def _warn_if_large(self, group: Group, piece: Piece) -> None:
         limit = group.get("max_preconditioner_dim")
@@ -343,20 +377,42 @@ class MatrixOptimizer(Optimizer):
             stacklevel=4,
         )
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by `state_dict()`. Unlike torch's own, it keeps the saved dtypes: eigenvalues stay float32
-        under bfloat16 parameters."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(device=p.device, copy=True)
+        """Load a state made by `state_dict()`. It is checked as a whole first: where it does not fit, nothing is changed.
+
+        Unlike torch's own, this keeps dtypes: eigenvalues stay float32 under bfloat16 parameters.
+
+        Raises:
+            TypeError, ValueError: what does not fit, in a sentence that names the parameter.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"{type(self).__name__}.load_state_dict takes a dict, got {type(state_dict).__name__}")
+        loading = Loading(self)
+        # Between the hooks of others: what they make of a checkpoint is what is checked, and they see what was restored.
+        hooks = (
+            self.register_load_state_dict_pre_hook(loading.check),
+            self.register_load_state_dict_post_hook(loading.restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-def name_of(group: Group, i: int) -> str:
-    if "param_names" in group:
-        return f"parameter {group['param_names'][i]!r}"
-    return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+def plain(group: Group) -> Group:
+    """Options as any checkpoint can hold them: dtypes by name, which distributed checkpointing needs."""
+    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in group.items()}
+
+
+def counters(p: Tensor, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """State that every optimizer keeps: how many steps were made, how many skipped for a gradient that is not finite."""
+    return {
+        "step": torch.zeros(lead, dtype=torch.float32, device=p.device),
+        "skipped": torch.zeros(lead, dtype=torch.int64, device=p.device),
+    }
+
+
+def fresh_adamw(p: Tensor) -> dict[str, Tensor]:
+    moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+    return counters(p) | moments

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import spectral_ops as ops
-from spectral_ops.optim._engine import Batch, Group, MatrixOptimizer, Piece
+from spectral_ops.optim import _options as check
+from spectral_ops.optim._engine import Batch, MatrixOptimizer
+from spectral_ops.optim._pieces import Group, Piece
 from spectral_ops.reference import (
     RMS_EPSILON,
     STREAM_SIDE,
@@ -25,7 +27,7 @@ from spectral_ops.reference import (
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
-WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
+FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 DEFAULT_ORDER = 2
 # Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
@@ -66,7 +68,8 @@ class SpectralKron(MatrixOptimizer):
         root: `p`. 2 is Adam-like, 1 Newton-like, 4 Shampoo's outer root.
         rotation: "tracking" or "riemannian".
         carry_residual: keep the off-diagonal part of `T_l` ("tracking" only): one more matrix of state a side.
-        update_interval: steps between updates of the factors; in each of the first steps they are updated regardless.
+        update_interval: every matrix updates its factors once in so many steps, in each step another share of the matrices,
+            so that all steps cost the same; in the first ten steps all do.
         damping: `λ` of the adaptive damping `Λ_C = λ k_C mean(1/d_K)`, in units of squared gradients.
         gamma: 1 for a moving average, 0 for a sum ("riemannian" only).
         exact: the exact exponential map in place of the truncated one ("riemannian" only).
@@ -85,8 +88,12 @@ class SpectralKron(MatrixOptimizer):
         adamw_betas, adamw_eps: of AdamW inside; the second beta and eps also of grafting.
         seed: of the stochastic rounding.
         maximize: ascend.
+        capturable: the step may be captured in a CUDA graph, once one was made without. It needs `update_interval=1`; a
+            tensor `lr` must be on the device. No step waits for the device, captured or not.
+        unknown: options of other optimizers, as long as they are false.
 
-    A matrix whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state.
+    A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;
+    `skipped_steps()` counts that.
 
     Raises:
         ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.
@@ -120,41 +127,25 @@ class SpectralKron(MatrixOptimizer):
         adamw_eps: float = 1e-8,
         seed: int = 0,
         maximize: bool = False,
+        capturable: bool = False,
+        **unknown: Any,
     ):
         options = dict(locals())
-        for name in ("self", "params", "__class__"):
+        for name in ("self", "params", "unknown", "__class__"):
             options.pop(name, None)
-        super().__init__(params, options)
+        super().__init__(params, options, unknown)
 
     def check_options(self, group: Group) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"`lr` as a tensor must have one element, got shape {tuple(lr.shape)}")
-        elif not lr >= 0:
-            raise ValueError(f"`lr` must be at least 0, got {lr}")
-        for name in ("betas", "adamw_betas"):
-            pair = group[name]
-            if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(0 <= b < 1 for b in pair)):
-                raise ValueError(f"`{name}` must be two numbers in [0, 1), got {pair!r}")
-        for name in ("weight_decay", "damping", "adamw_eps"):
-            if not group[name] >= 0:
-                raise ValueError(f"`{name}` must be at least 0, got {group[name]}")
-        for name in ("root", "rotation_epsilon"):
-            if not group[name] > 0:
-                raise ValueError(f"`{name}` must be positive, got {group[name]}")
-        for name in ("update_interval", "max_preconditioner_dim"):
-            if not (isinstance(group[name], int) and group[name] >= 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {group[name]!r}")
-        for name, allowed in (
-            ("rotation", ROTATIONS),
-            ("update_scale", UPDATE_SCALES),
-            ("cayley_order", (None, 2, 4, 8)),
-            ("gamma", (0, 1)),
-            ("preconditioner_dtype", (None, torch.bfloat16, torch.float32, torch.float64)),
-        ):
-            if group[name] not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+        check.decays(group, "betas")
+        check.number(group, "damping")
+        check.number(group, "root", positive=True)
+        check.number(group, "rotation_epsilon", positive=True)
+        check.whole(group, "max_preconditioner_dim")
+        check.choice(group, "rotation", ROTATIONS)
+        check.choice(group, "update_scale", UPDATE_SCALES)
+        check.choice(group, "cayley_order", (None, 2, 4, 8))
+        check.choice(group, "gamma", (0, 1))
+        check.choice(group, "preconditioner_dtype", (None, *FACTOR_DTYPES))
         largest = LIMITS[_map(group)[0]]
         if group["rotation_limit"] is not None and not 0 < group["rotation_limit"] <= largest:
             raise ValueError(f"`rotation_limit` must be in (0, {largest}] at this Cayley order, got {group['rotation_limit']}")
@@ -172,7 +163,6 @@ class SpectralKron(MatrixOptimizer):
         factor: dict[str, Any] = {"dtype": _factor_dtype(group, p), "device": p.device}
         state = {
             "momentum_buffer": torch.zeros(*lead, piece.n, piece.m, dtype=p.dtype, device=p.device),
-            "step": torch.zeros(lead, **number),
             "updates": torch.zeros(lead, **number),
             "scale": torch.ones(lead, **number),
         }
@@ -183,18 +173,18 @@ class SpectralKron(MatrixOptimizer):
                 if _carries(group):
                     state[f"residual_{side}"] = torch.zeros(*lead, size, size, **factor)
         if factor["dtype"] == torch.bfloat16:
-            state["seed"] = torch.arange(piece.count, device=p.device).view(lead) + _stream(group["seed"], piece)
+            first = _stream(group["seed"], piece.index, piece.start)
+            state["seed"] = torch.arange(piece.count, device=p.device).view(lead) + first
         if group["update_scale"] == "graft":
             state["exp_avg_sq"] = torch.zeros_like(state["momentum_buffer"])
         return state
 
     def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
-        s = batch.state
-        if group["step"] % group["update_interval"] == 0 or group["step"] <= WARM_STEPS:
-            (_track if group["rotation"] == "tracking" else _paper)(group, batch)
-        else:
+        s, due = batch.state, batch.part()
+        if due is not batch:
             batch.check()
-            s["step"] += batch.finite
+        if len(due.grad):
+            (_track if group["rotation"] == "tracking" else _paper)(group, due)
         direction = ops.momentum_update(
             s["momentum_buffer"],
             batch.grad,
@@ -230,7 +220,6 @@ def _track(group: Group, batch: Batch) -> None:
         (s.get("residual_left"), s.get("residual_right")),
         (s["eigenvalues_left"], s["eigenvalues_right"]),
         s["scale"],
-        s["step"],
         s["updates"],
         seed=s.get("seed"),
         beta=1 - group["betas"][1],
@@ -245,7 +234,6 @@ def _paper(group: Group, batch: Batch) -> None:
     """Lin et al., 2025: Fig. 1 (`exact`) or Fig. 6, with the exact or, by `cayley_order`, the truncated Cayley map."""
     s = batch.state
     usable, g = batch.check(), batch.clean_grad()
-    s["step"] += batch.finite
     s["updates"] += usable
     n, m = g.shape[-2:]
     beta2, alpha = 1 - group["betas"][1], s["scale"]
@@ -279,7 +267,10 @@ def _paper(group: Group, batch: Batch) -> None:
         exact=group["exact"],
     )
     new = {f"basis_{side}": b for side, b in bases.items()}
-    for name, value in (new | {"eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}).items():
+    new |= {"eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}
+    for value in new.values():  # the squares of a gradient may be in range, and what is made of them not
+        usable = usable & value.isfinite().view(len(g), -1).all(1)
+    for name, value in new.items():
         keep(usable, s[name], value)
 
 
@@ -288,7 +279,7 @@ def _adam_rms(group: Group, batch: Batch) -> Tensor:
     s, mu, beta = batch.state, group["betas"][0], group["adamw_betas"][1]
     second, square = s["exp_avg_sq"], raised(batch.grad).square()
     keep(batch.finite, second, second.lerp(square.to(second.dtype), 1 - beta))
-    step = block(s["step"].clamp(min=1))
+    step = block(s["step"] + 1)
     first, second = s["momentum_buffer"] / (1 - mu**step), second / (1 - beta**step)
     return (first / (second.sqrt() + group["adamw_eps"])).square().mean((-2, -1)).sqrt()
 
@@ -305,13 +296,16 @@ def _carries(group: Group) -> bool:
 
 def _factor_dtype(group: Group, p: Tensor) -> torch.dtype:
     """The parameter's own dtype by default, except that a basis in float16 would not be rounded without bias."""
-    chosen: torch.dtype | None = group["preconditioner_dtype"]
-    return chosen or (torch.float32 if p.dtype == torch.float16 else p.dtype)
+    chosen = group["preconditioner_dtype"]
+    if chosen is None:
+        return torch.float32 if p.dtype == torch.float16 else p.dtype
+    return FACTOR_DTYPES.get(chosen, chosen)
 
 
-def _stream(seed: int, piece: Piece) -> int:
+@torch.compiler.assume_constant_result
+def _stream(seed: int, index: int, start: int) -> int:
     """The first seed of a piece's random bits: the same in every process, whatever else is in the batch."""
-    name = f"{seed}/{piece.index}/{piece.start}".encode()
+    name = f"{seed}/{index}/{start}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 

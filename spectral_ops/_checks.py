@@ -75,6 +75,16 @@ def mask(value: object, name: str, op: str, like: Tensor) -> None:
         raise ValueError(f"{op}: `{name}` must be bool of shape {tuple(like.shape[:1])}, got {got}")
 
 
+def counter(value: object, name: str, op: str, like: Tensor, dtype: torch.dtype, size: int | None = None) -> None:
+    """One number for each matrix of `like`, or `size` of them, on its device."""
+    size = len(like) if size is None else size
+    if isinstance(value, Tensor) and (value.dtype, value.numel(), value.device) == (dtype, size, like.device):
+        return
+    is_tensor = isinstance(value, Tensor)
+    got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if is_tensor else type(value).__name__
+    raise ValueError(f"{op}: `{name}` must hold {size} {dtype} on {like.device}, got {got}")
+
+
 def choice(value: object, name: str, op: str, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")

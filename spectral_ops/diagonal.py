@@ -22,24 +22,27 @@ def _kernel(
     grads: list[Tensor],
     momenta: list[Tensor],
     seconds: list[Tensor],
+    steps: list[Tensor],
+    skipped: list[Tensor],
     lr: Tensor,
-    step: Tensor,
+    weight_decay: list[float],
     *options: Any,
 ) -> None:
     from spectral_ops.kernels import diagonal
 
-    lists = (params, grads, momenta, seconds)
+    lists = (params, [g.contiguous() for g in grads], momenta, seconds)
     dtypes = [{x.dtype for x in tensors} for tensors in lists]
     contiguous = all(x.is_contiguous() for tensors in lists for x in tensors)
     if not contiguous or any(len(kinds) != 1 or torch.float64 in kinds for kinds in dtypes):
         return NotImplemented
     torch.autograd.graph.increment_version(params)
-    diagonal.diagonal_step(*lists, lr, step, *options)
+    diagonal.diagonal_step(*lists, steps, skipped, lr, weight_decay, *options)
 
 
 _diagonal_update = define(
-    "diagonal_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] seconds, Tensor lr, Tensor step,"
-    " float beta1, float beta2, float gamma, float eps, float weight_decay, float batch_size, str rule, bool maximize) -> ()",
+    "diagonal_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] seconds, Tensor(d!)[] steps,"
+    " Tensor(e!)[] skipped, Tensor lr, float[] weight_decay, float beta1, float beta2, float gamma, float eps,"
+    " float batch_size, str rule, bool maximize) -> ()",
     reference.diagonal_update,
     _fake,
     _kernel,
@@ -51,14 +54,15 @@ def diagonal_update(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     seconds: Sequence[Tensor],
-    lr: Tensor,
-    step: Tensor,
+    steps: Sequence[Tensor],
+    skipped: Sequence[Tensor],
+    lr: float | Tensor,
     *,
     rule: str,
     betas: tuple[float, float],
     gamma: float = 1.0,
     eps: float,
-    weight_decay: float = 0.0,
+    weight_decay: float | Sequence[float] = 0.0,
     batch_size: float = 1.0,
     maximize: bool = False,
 ) -> None:
@@ -71,18 +75,22 @@ def diagonal_update(
         p ← p − lr · m
 
     which is RF-RMSProp for `γ = 1` and RF-AdaGrad for `γ = 0`. `rule="adamw"` is `torch.optim.AdamW`.
+    A tensor whose gradient has a NaN or an infinity, or whose sum of squares overflows, stays as it is with its moments: that
+    counts as skipped. A step with a gradient of zeros and a learning rate of zero changes nothing and does not count at all.
     Not differentiable: parameters that require a gradient are changed under `torch.no_grad()`.
 
     Args:
         params, grads, momenta, seconds: lists of equal length; the four tensors of a parameter have one shape, any dtypes.
             All but the gradients are changed.
-        lr: a tensor of one element, on the CPU or where the parameters are; there it is read without a synchronisation.
-        step: float32, one element, where the parameters are: the number of this step, from 1. Only "adamw" reads it.
+        steps, skipped: lists of tensors of one element, float32 and int64: how many steps each tensor has made and skipped.
+            Changed; only "adamw" reads `steps`.
+        lr: a number, or a tensor of one element on the CPU or where the parameters are: there it is read without a
+            synchronisation.
         rule: "rf" or "adamw".
         betas: decay of `m`, decay of `s`.
         gamma: `γ`, only of "rf".
         eps: beside `s` ("rf") or its root ("adamw").
-        weight_decay: as above; in "adamw" decoupled.
+        weight_decay: as above, one for all or one for each; in "adamw" decoupled.
         batch_size: over which the loss is a mean, only of "rf".
         maximize: ascend.
 
@@ -93,33 +101,32 @@ def diagonal_update(
     """
     op = "diagonal_update"
     params, grads, momenta, seconds = list(params), list(grads), list(momenta), list(seconds)
-    for name, tensors in (("grads", grads), ("momenta", momenta), ("seconds", seconds)):
+    steps, skipped = list(steps), list(skipped)
+    decays = [weight_decay] * len(params) if isinstance(weight_decay, int | float) else list(weight_decay)
+    moments = (("grads", grads), ("momenta", momenta), ("seconds", seconds))
+    for name, tensors in (*moments, ("steps", steps), ("skipped", skipped), ("weight_decay", decays)):
         if len(tensors) != len(params):
             raise ValueError(f"{op}: `{name}` must be as long as `params`, {len(params)}, got {len(tensors)}")
     for i, p in enumerate(params):
         check.shaped(p, f"params[{i}]", op, p.shape, params[0])
-        for name, tensors in (("grads", grads), ("momenta", momenta), ("seconds", seconds)):
+        for name, tensors in moments:
             check.shaped(tensors[i], f"{name}[{i}]", op, p.shape, p)
+        check.counter(steps[i], f"steps[{i}]", op, p, torch.float32, 1)
+        check.counter(skipped[i], f"skipped[{i}]", op, p, torch.int64, 1)
+        check.not_negative(decays[i], "weight_decay", op)
     check.choice(rule, "rule", op, RULES)
     for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if not 0 <= value < 1:
             raise ValueError(f"{op}: `{name}` must be in [0, 1), got {value}")
     check.not_negative(eps, "eps", op)
-    check.not_negative(weight_decay, "weight_decay", op)
     if rule == "adamw" and (gamma != 1 or batch_size != 1):
         raise ValueError(f'{op}: `gamma` and `batch_size` belong to rule="rf", got {gamma} and {batch_size} with "adamw"')
     if not params:
         return
-    check.tensor(lr, "lr", op)
+    lr = torch.tensor(lr, dtype=torch.float64) if isinstance(lr, int | float) else check.tensor(lr, "lr", op)
     if lr.numel() != 1 or lr.device not in (params[0].device, torch.device("cpu")):
         raise ValueError(f"{op}: `lr` must have one element, got shape {tuple(lr.shape)} on {lr.device}")
-    check.tensor(step, "step", op)
-    if step.dtype != torch.float32 or step.numel() != 1 or step.device != params[0].device:
-        raise ValueError(
-            f"{op}: `step` must be one float32 element on {params[0].device}, got {step.dtype} of shape {tuple(step.shape)} "
-            f"on {step.device}"
-        )
     _diagonal_update(
-        params, grads, momenta, seconds, lr.reshape(()), step.reshape(()), float(betas[0]), float(betas[1]), float(gamma),
-        float(eps), float(weight_decay), float(batch_size), rule, maximize,
+        params, grads, momenta, seconds, steps, skipped, lr.reshape(()), [float(decay) for decay in decays],
+        float(betas[0]), float(betas[1]), float(gamma), float(eps), float(batch_size), rule, maximize,
     )  # fmt: skip

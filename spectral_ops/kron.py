@@ -21,7 +21,6 @@ def _kernel(
     d_c: Tensor,
     d_k: Tensor,
     scale: Tensor,
-    step: Tensor,
     updates: Tensor,
     seed: Tensor | None,
     beta: float,
@@ -32,7 +31,7 @@ def _kernel(
 ) -> Tensor:
     from spectral_ops.kernels import average, cayley, launch, rotate, track
 
-    state = [x for x in (basis_c, basis_k, residual_c, residual_k, d_c, d_k, scale, step, updates) if x is not None]
+    state = [x for x in (basis_c, basis_k, residual_c, residual_k, d_c, d_k, scale, updates) if x is not None]
     dtypes = {b.dtype for b in (basis_c, basis_k, residual_c, residual_k) if b is not None}
     served = len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16} and torch.float64 not in (g.dtype, d_c.dtype)
     if not served or g.numel() == 0 or not all(x.is_contiguous() for x in state):
@@ -45,8 +44,8 @@ def _kernel(
     g = g.float() if g.dtype == torch.float16 else g  # its range is not that of the bases
     x, rows, cols, squares = rotate.rotate(g, basis_c, d_c, basis_k, d_k)
     new = average.average(
-        (rows, cols, squares), d_c, d_k, scale, step, updates, seed,
-        beta=beta, damping=damping, relative_floor=reference.RELATIVE_FLOOR,
+        (rows, cols, squares), d_c, d_k, scale, updates, seed,
+        beta=beta, damping=damping, relative_floor=reference.RELATIVE_FLOOR, negligible=reference.NEGLIGIBLE,
         streams=(reference.STREAM_STEP, reference.STREAM_SIDE),
     )  # fmt: skip
     bases, residuals = (basis_c, basis_k), (residual_c, residual_k)
@@ -68,7 +67,7 @@ def _kernel(
 
 _kron_track = define(
     "kron_track(Tensor g, Tensor(a!)? basis_c, Tensor(b!)? basis_k, Tensor(c!)? residual_c, Tensor(d!)? residual_k,"
-    " Tensor(e!) d_c, Tensor(f!) d_k, Tensor(g!) scale, Tensor(h!) step, Tensor(i!) updates, Tensor? seed,"
+    " Tensor(e!) d_c, Tensor(f!) d_k, Tensor(g!) scale, Tensor(h!) updates, Tensor? seed,"
     " float beta, float damping, float epsilon, float limit, int order) -> Tensor",
     reference.kron_track,
     _fake,
@@ -82,7 +81,6 @@ def kron_track(
     residuals: tuple[Tensor | None, Tensor | None],
     eigenvalues: tuple[Tensor, Tensor],
     scale: Tensor,
-    step: Tensor,
     updates: Tensor,
     *,
     seed: Tensor | None = None,
@@ -101,7 +99,8 @@ def kron_track(
         α ← α √(g_C g_K), the geometric means by which the diagonals of T_C and T_K were divided
 
     The average is warm, `β = max(beta, 1 / (updates + 1))`, and the scale starts at the first gradient's mean square.
-    A matrix whose gradient is zero is left as it is, and one whose gradient, or its square, is not finite too.
+    A matrix whose gradient is zero, or has a root mean square under 1e-15, is left as it is, and one whose gradient, or its
+    square, is not finite too.
 
     Args:
         g: `(b, n, m)`, gradients.
@@ -111,7 +110,7 @@ def kron_track(
         eigenvalues: the diagonals of `T_C` `(b, n)` and `T_K` `(b, m)`, float32 (float64). Changed; never under 1e-6 of the
             largest.
         scale: `α`, `(b,)`. Changed.
-        step, updates: `(b,)`, counters of finite gradients and of usable ones. Changed.
+        updates: `(b,)`, counter of usable gradients: finite and not negligible. Changed.
         seed: `(b,)` int64; bfloat16 bases and residuals are rounded stochastically by it and `updates`.
         beta: least share of the new curvature.
         damping: `λ`, in units of squared gradients.
@@ -137,10 +136,10 @@ def kron_track(
                 raise ValueError(f"{op}: a side has both a basis and a residual or neither, but not side {i}")
     for i, (d, size) in enumerate(zip(eigenvalues, sizes, strict=True)):
         check.shaped(d, f"eigenvalues[{i}]", op, (*batch, size), g)
-    for name, x in (("scale", scale), ("step", step), ("updates", updates)):
+    for name, x in (("scale", scale), ("updates", updates)):
         check.shaped(x, name, op, tuple(batch), g)
     finite: Tensor = _kron_track(
-        g, *bases, *residuals, *eigenvalues, scale, step, updates, seed, float(beta), float(damping), float(epsilon),
+        g, *bases, *residuals, *eigenvalues, scale, updates, seed, float(beta), float(damping), float(epsilon),
         float(limit), order,
     )  # fmt: skip
     return finite

@@ -145,6 +145,7 @@ def cayley_track(
 
 
 RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
+NEGLIGIBLE = 1e-30  # mean square of a gradient: what is divided by less, and by an eigenvalue, overflows
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
 
 
@@ -157,7 +158,6 @@ def kron_track(
     d_c: Tensor,
     d_k: Tensor,
     scale: Tensor,
-    step: Tensor,
     updates: Tensor,
     seed: Tensor | None,
     beta: float,
@@ -170,8 +170,7 @@ def kron_track(
     n, m = g.shape[-2:]
     mean_square = g.square().mean((-2, -1))
     finite = mean_square.isfinite()
-    usable = finite & (mean_square > 0)
-    step += finite
+    usable = finite & (mean_square > NEGLIGIBLE)
     updates += usable
     # The scale starts at the first gradient's, and a warm average keeps the identity start from lingering.
     alpha = torch.where((updates <= 1) & usable, mean_square, scale)
@@ -377,16 +376,21 @@ def parameter_update(
     u: Tensor,
     squares: Tensor,
     finite: Tensor,
+    step: Tensor,
+    skipped: Tensor,
     lr: Tensor,
     weight_decay: float,
     normalize: str,
     target: float,
 ) -> None:
-    rms = (squares.sum(-1) / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else squares.sum(-1)
+    square = squares.sum(-1)
+    step += finite & ((square > 0) | (lr.to(u.device) != 0))  # a step that moves nothing is none
+    skipped += ~finite
+    rms = (square / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else square
     factor = {"rms": target / rms, "clip": rms.clamp(min=1).reciprocal(), "none": torch.ones_like(rms)}[normalize]
     lr = lr.to(device=u.device, dtype=u.dtype)
-    step = u * block(factor.to(u.dtype) * -lr)
-    for p, mine, mask in zip(params, *(x.split([len(p) for p in params]) for x in (step, finite)), strict=True):
+    moves = u * block(factor.to(u.dtype) * -lr)
+    for p, mine, mask in zip(params, *(x.split([len(p) for p in params]) for x in (moves, finite)), strict=True):
         wide = p.to(u.dtype)
         keep(mask, p, wide + mine - lr * weight_decay * wide)
 
@@ -399,27 +403,34 @@ def diagonal_update(
     grads: list[Tensor],
     momenta: list[Tensor],
     seconds: list[Tensor],
+    steps: list[Tensor],
+    skipped: list[Tensor],
     lr: Tensor,
-    step: Tensor,
+    weight_decay: list[float],
     beta1: float,
     beta2: float,
     gamma: float,
     eps: float,
-    weight_decay: float,
     batch_size: float,
     rule: str,
     maximize: bool,
 ) -> None:
-    for p, g, m, s in zip(params, grads, momenta, seconds, strict=True):
-        old, g = raised(p), -raised(g) if maximize else raised(g)
+    lists = (params, grads, momenta, seconds, steps, skipped, weight_decay)
+    for p, g, m, s, step, skips, decay in zip(*lists, strict=True):
+        old, g, rate = raised(p), -raised(g) if maximize else raised(g), lr.to(p.device)
+        square = g.square().sum()
+        finite = square < math.inf
+        moves = finite & ((square > 0) | (rate != 0))  # a step that moves nothing is none
+        step += moves
+        skips += ~finite
         if rule == "adamw":
             second = beta2 * raised(s) + (1 - beta2) * g.square()
             momentum = raised(m) + (1 - beta1) * (g - raised(m))
             bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
-            new = old - lr * weight_decay * old - lr / bias1 * momentum / ((second / bias2).sqrt() + eps)
+            new = old - rate * decay * old - rate / bias1 * momentum / ((second / bias2).sqrt() + eps)
         else:
             second = (1 - (1 - beta2) * gamma) * raised(s) + (1 - beta2) * batch_size * g.square()
-            momentum = beta1 * raised(m) + g / (second + eps) + weight_decay * old
-            new = old - lr * momentum
+            momentum = beta1 * raised(m) + g / (second + eps) + decay * old
+            new = old - rate * momentum
         for x, value in ((p, new), (m, momentum), (s, second)):
-            x.copy_(value)
+            torch.where(moves, value.to(x.dtype), x, out=x)

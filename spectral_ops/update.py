@@ -34,6 +34,8 @@ def _parameter_kernel(
     u: Tensor,
     squares: Tensor,
     finite: Tensor,
+    step: Tensor,
+    skipped: Tensor,
     lr: Tensor,
     weight_decay: float,
     normalize: str,
@@ -42,11 +44,12 @@ def _parameter_kernel(
     from spectral_ops.kernels import update
 
     one_layout = len({p.dtype for p in params}) == 1 and all(p.is_contiguous() for p in params)
-    if not one_layout or u.numel() == 0 or u.dtype == torch.float64 or squares.dtype != torch.float32:
+    counters = step.is_contiguous() and skipped.is_contiguous()
+    if not (one_layout and counters) or u.numel() == 0 or u.dtype == torch.float64 or squares.dtype != torch.float32:
         return NotImplemented
     torch.autograd.graph.increment_version(params)  # which PyTorch does for its own operations
     update.parameter_update(
-        params, u.contiguous(), squares.contiguous(), finite.contiguous(), lr, weight_decay, normalize, target
+        params, u.contiguous(), squares.contiguous(), finite.contiguous(), step, skipped, lr, weight_decay, normalize, target
     )
 
 
@@ -57,8 +60,8 @@ _momentum_update = define(
     _momentum_kernel,
 )
 _parameter_update = define(
-    "parameter_update(Tensor(a!)[] params, Tensor u, Tensor squares, Tensor finite, Tensor lr, float weight_decay,"
-    " str normalize, float target) -> ()",
+    "parameter_update(Tensor(a!)[] params, Tensor u, Tensor squares, Tensor finite, Tensor(b!) step, Tensor(c!) skipped,"
+    " Tensor lr, float weight_decay, str normalize, float target) -> ()",
     reference.parameter_update,
     _parameter_fake,
     _parameter_kernel,
@@ -98,6 +101,8 @@ def parameter_update(
     u: Tensor,
     squares: Tensor,
     finite: Tensor,
+    step: Tensor,
+    skipped: Tensor,
     lr: float | Tensor,
     *,
     weight_decay: float = 0.0,
@@ -107,13 +112,14 @@ def parameter_update(
     """`p ← p − lr · (factor · u + weight_decay · p)` for every matrix that is `finite`, rounded once.
 
     With `r` the root mean square of a matrix's update, `factor` is `target / r` ("rms"), `1 / max(r, 1)` ("clip") or 1
-    ("none").
+    ("none"). `step` counts the updates; one of zero with a learning rate of zero is none. `skipped` counts the others.
 
     Args:
         params: tensors of shape `(count, n, m)`, all of one dtype, `b` matrices in all; changed.
         u: `(b, n, m)`, the update.
         squares: `(b, parts)`, sums of squares of `u`, as `apply_root` returns them.
         finite: `(b,)` bool; the other matrices stay as they are.
+        step, skipped: `(b,)`, float32 and int64, counters; changed.
         lr: learning rate, a number or a tensor of one element, read on its device.
         weight_decay: decoupled.
         normalize: "rms", "clip" or "none".
@@ -132,7 +138,11 @@ def parameter_update(
     if squares.ndim != 2 or len(squares) != len(u):
         raise ValueError(f"{op}: `squares` must have shape ({len(u)}, parts), got {tuple(squares.shape)}")
     check.mask(finite, "finite", op, u)
+    for name, counter, dtype in (("step", step, torch.float32), ("skipped", skipped, torch.int64)):
+        check.counter(counter, name, op, u, dtype)
     check.choice(normalize, "normalize", op, NORMALIZE)
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)
-    _parameter_update(params, u, squares, finite, lr.reshape(()), float(weight_decay), normalize, float(target))
+    _parameter_update(
+        params, u, squares, finite, step, skipped, lr.reshape(()), float(weight_decay), normalize, float(target)
+    )  # fmt: skip

@@ -211,6 +211,19 @@ def test_wrong_options(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.pt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(path)])
+    assert "run.pt is no checkpoint, or a damaged one" in capsys.readouterr().err
+    torch.save({"model": {}}, path)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(path)])
+    assert "run.pt is no checkpoint of this command" in capsys.readouterr().err
+
+
 def test_options_cannot_change_on_resuming(
     run_train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

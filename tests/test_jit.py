@@ -47,8 +47,8 @@ with recording(assume=(9, 0)) as launches:
 print(*sorted({item.name for item in launches}))
 """
 KERNELS = (
-    "average conjugate diagonal even factor factor_squares finish_map gram gram_skew map momentum parameter_update rotate "
-    "skew_generator spectrum square stochastic_round track turn"
+    "average conjugate diagonal diagonal_squares even factor factor_squares finish_map gram gram_skew map momentum "
+    "parameter_update rotate skew_generator spectrum square stochastic_round track turn"
 )
 
 

@@ -3,6 +3,7 @@
 Each check is a function of the kernel's module, so that a mutant of it can be shown to fail.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -274,9 +275,11 @@ def check_parameters_integers(module) -> None:
             p.copy_(integers(*p.shape, largest=100))
         u, finite = integers(4, n, m, largest=100), torch.tensor([False, True, True, True])
         u[0] = NAN
+        counts = torch.ones(4), torch.ones(4).long()
         stacked = torch.cat([p.reshape(-1, n, m) for p in params])
         with recording() as launches:
-            module.parameter_update(params, u, torch.full((4, 3), NAN), finite, torch.tensor(0.25), 0.5, "none", 0.2)
+            module.parameter_update(params, u, torch.full((4, 3), NAN), finite, *counts, torch.tensor(0.25), 0.5, "none", 0.2)
+        assert [x.tolist() for x in counts] == [[1, 2, 2, 2], [2, 1, 1, 1]]
         assert [item.name for item in launches] == ["parameter_update"]
         assert launches[0].arguments["ALIGNED"] == all(p.data_ptr() % 16 == 0 for p in [*params, params[0][1]])
         want = (stacked.float() - 0.25 * (u + 0.5 * stacked.float())).to(dtype)
@@ -301,13 +304,14 @@ def check_parameters(module, dtype=torch.float32, composition=None, assert_as_ac
         share = torch.rand(3, parts)
         squares = u.square().sum((-2, -1)).unsqueeze(-1) * share / share.sum(-1, keepdim=True)
         params = [torch.randn(2, n, m).to(dtype), torch.randn(1, n, m).to(dtype)]
-        finite, lr = torch.ones(3) > 0, torch.tensor(0.1)
+        finite, lr, counts = torch.ones(3) > 0, torch.tensor(0.1), [torch.zeros(3), torch.zeros(3).long()]
         exact, composed = [p.double() for p in params], clones(params)
-        module.parameter_update(params, u, squares, finite, lr, 0.3, normalize, 0.2)
-        reference.parameter_update(exact, u.double(), squares.double(), finite, lr.double(), 0.3, normalize, 0.2)
+        module.parameter_update(params, u, squares, finite, *counts, lr, 0.3, normalize, 0.2)
+        assert counts[0].tolist() == [1, 1, 1] and not counts[1].any()
+        reference.parameter_update(exact, u.double(), squares.double(), finite, *counts, lr.double(), 0.3, normalize, 0.2)
         as_dtype = [u.to(dtype), squares.to(dtype) if dtype != torch.float16 else squares]
         (composition or (lambda f, *a: f(*a)))(
-            reference.parameter_update, composed, *as_dtype, finite, lr.to(dtype), 0.3, normalize, 0.2
+            reference.parameter_update, composed, *as_dtype, finite, *counts, lr.to(dtype), 0.3, normalize, 0.2
         )
         for p, x, y in zip(params, composed, exact, strict=True):
             if assert_as_accurate is None:
@@ -324,7 +328,9 @@ def test_parameters(dtype, composition, assert_as_accurate):
 @pytest.mark.parametrize(
     "old,new",
     [
-        ("    if tl.load(finite + matrix):\n        rate =", "    if True:\n        rate ="),
+        ("    if not tl.load(finite + matrix):", "    if False:"),
+        ("tl.load(skipped + matrix) + 1", "tl.load(skipped + matrix)"),
+        ("        if t == 0:  # a step", "        if t >= 0:  # a step"),
         ("tl.store(p + o, tiles.rounded(new, TYPE, None), mask=inside)", "tl.store(p + o, tiles.rounded(new, TYPE, None))"),
         ("weight_decay * old", "weight_decay"),
         ("p + i * stride for", "p for"),
@@ -343,7 +349,7 @@ def test_parameters_mutants_are_caught(mutant, old, new):
         ("1.0 / tl.maximum(rms, 1.0)", "1.0 / rms"),
         ("target / rms if", "1.0 / rms if"),
         ("squares + matrix * parts", "squares"),
-        ("parts, BLOCK) / size", "parts, BLOCK)"),
+        ("tl.sqrt(square / size)", "tl.sqrt(square)"),
     ],
 )
 def test_parameters_norm_mutants_are_caught(mutant, old, new):
@@ -355,7 +361,8 @@ def test_parameters_round_to_nearest_even_once():
     """The step lands on, over and under the middle between two bfloat16 numbers."""
     p = torch.ones(1, 1, 4, dtype=torch.bfloat16)  # neighbours: 1 + k / 128
     u = -torch.tensor([[[1.0, 3.0, 1.001, 0.999]]]) / 256
-    update.parameter_update([p], u, torch.ones(1, 1), torch.tensor([True]), torch.tensor(1.0), 0.0, "none", 0.2)
+    counts = torch.zeros(1), torch.zeros(1).long()
+    update.parameter_update([p], u, torch.ones(1, 1), torch.tensor([True]), *counts, torch.tensor(1.0), 0.0, "none", 0.2)
     assert p.flatten().tolist() == [1.0, 1 + 2 / 128, 1 + 1 / 128, 1.0]
 
 
@@ -375,8 +382,9 @@ def test_a_learning_rate_elsewhere_goes_by_value():
     u, p = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, 4, device="meta", dtype=torch.bfloat16)
     for lr in (torch.tensor(0.1, dtype=torch.float64), torch.empty((), device="meta")):
         with recording(run=False) as launches:
-            update.parameter_update([p], u, u[..., 0], u[:, 0, 0] > 0, lr, 0.0, "rms", 0.2)
-            diagonal.diagonal_step([p], [p], [p], [u], lr, lr, 0.9, 0.9, 1.0, 1e-8, 0.0, 1.0, "rf", False)
+            update.parameter_update([p], u, u[..., 0], u[:, 0, 0] > 0, u[:, 0, 0], u[:, 0, 0], lr, 0.0, "rms", 0.2)
+            diagonal.diagonal_step([p], [p], [p], [u], [u], [u], lr, [0.0], 0.9, 0.9, 1.0, 1e-8, 1.0, "rf", False)
+        launches = [item for item in launches if item.name != "diagonal_squares"]
         assert [item.arguments["LOAD_LR"] for item in launches] == [lr.is_meta, lr.is_meta]
         assert lr.is_meta or [item.arguments["lr"] for item in launches] == [0.1, 0.1]
 
@@ -404,14 +412,18 @@ def check_diagonal(module, dtypes=(torch.float32,) * 4, offset=8, composition=No
         exact, composed = ([[x.to(t) for x in row] for row in lists] for t in (torch.float64, dtypes[0]))
         composed = [clones(row) for row in composed]
         grads = clones(lists[1])
-        options = [0.9, 0.99, gamma, 1e-6, 0.1, batch_size, rule, maximize]
+        decays = [0.1 * i for i in range(len(SIZES))]
+        options = [decays, 0.9, 0.99, gamma, 1e-6, batch_size, rule, maximize]
+        counts = [[torch.tensor(step - 1.0 + i) for i in range(len(SIZES))], [torch.tensor(3) for _ in SIZES]]
+        expected, other = copy.deepcopy(counts), copy.deepcopy(counts)
         with recording() as launches:
-            module.diagonal_step(*lists, torch.tensor(0.05), torch.tensor(float(step)), *options)
-        assert len(launches) == 1
-        arguments = torch.tensor(0.05, dtype=torch.float64), torch.tensor(float(step)), *options
-        reference.diagonal_update(*exact, *arguments)
+            module.diagonal_step(*lists, *counts, torch.tensor(0.05), *options)
+        assert [item.name for item in launches] == ["diagonal_squares", "diagonal"]
+        lr = torch.tensor(0.05, dtype=torch.float64)
+        reference.diagonal_update(*exact, *expected, lr, *options)
+        assert counts == expected and [x.item() for x in counts[0]] == [step + i for i in range(len(SIZES))]
         if composition is not None:
-            composition(reference.diagonal_update, *composed, *arguments)
+            composition(reference.diagonal_update, *composed, *other, lr, *options)
         for i in (0, 2, 3):
             for x, y, z, buffer in zip(lists[i], composed[i], exact[i], buffers[i], strict=True):
                 if composition is None:
@@ -433,7 +445,7 @@ def test_diagonal(dtypes, offset, composition, assert_as_accurate):
 @pytest.mark.parametrize(
     "old,new",
     [
-        ("<= tl.program_id(0)", "< tl.program_id(0)"),
+        ("begun - 1", "tl.maximum(begun - 2, 0)"),  # in bounds, since the interpreter dies of bad addresses
         ("begun - 1", "0"),
         ("grad = -grad if", "grad = grad if"),
         ("gain * grad * grad", "gain * grad"),
@@ -443,7 +455,10 @@ def test_diagonal(dtypes, offset, composition, assert_as_accurate):
         ("result + rest * (1.0 - result)", "result + rest"),
         ("old - rate * weight_decay * old -", "old - rate * weight_decay -"),
         ("tl.sqrt(second) / root + eps", "tl.sqrt(second) + eps"),
-        ("tl.load(first + index)) * CHUNK", "tl.load(first + index)) * BLOCK"),
+        ("    start = t * CHUNK", "    start = t * BLOCK"),
+        ("tl.load(before + index) + 1", "tl.load(before + index)"),
+        ("tl.load(before + index) + 1", "tl.load(before) + 1"),
+        ("tl.load(table + DECAY * count + index)", "tl.load(table + DECAY * count)"),
     ],
 )
 def test_diagonal_mutants_are_caught(mutant, old, new):
@@ -457,9 +472,54 @@ def test_diagonal_mutants_are_caught(mutant, old, new):
         check(changed)
 
 
+def check_flaws(module) -> None:
+    """What is wrong with a gradient is found wherever it is, and only its own tensor stays as it is."""
+    sizes = (3,), (module.CHECKED + 1,), (7,), (7,), (2,), (4,)
+    for lr, rule in itertools.product((0.1, 0.0), ("adamw", "rf")):
+        lists = [[torch.randn(s) for s in sizes] for _ in range(3)] + [[positive(*s) for s in sizes]]
+        for i, flaw in ((1, NAN), (2, float("-inf")), (4, 1e30)):
+            lists[1][i][-1] = flaw
+        lists[1][3].zero_()
+        expected, before = copy.deepcopy(lists), copy.deepcopy(lists)
+        counts = [[torch.tensor(float(i)) for i in range(6)], [torch.tensor(i) for i in range(6)]]
+        options, same_counts = ([0.1] * 6, 0.9, 0.99, 1.0, 1e-6, 1.0, rule, False), copy.deepcopy(counts)
+        module.diagonal_step(*lists, *counts, torch.tensor(lr), *options)
+        reference.diagonal_update(*expected, *same_counts, torch.tensor(lr), *options)
+        moving = {0, 3, 5} if lr else {0, 5}
+        assert [x.item() for x in counts[0]] == [i + (i in moving) for i in range(6)]
+        assert [x.item() for x in counts[1]] == [i + (i in (1, 2, 4)) for i in range(6)]
+        for row, want, old in zip(lists, expected, before, strict=True):
+            for i in range(6):
+                torch.testing.assert_close(row[i], want[i], rtol=1e-5, atol=2e-6, equal_nan=True)
+                assert i in moving or torch.equal(bits(row[i]), bits(old[i]))
+
+
+def test_diagonal_leaves_tensors_with_flawed_gradients():
+    check_flaws(diagonal)
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ('finite = square < float("inf")', "finite = square >= 0"),
+        ('finite = square < float("inf")', 'finite = square <= float("inf")'),
+        ("moves = finite & ((square > 0) | (rate != 0))", "moves = finite"),
+        ("moves = finite & ((square > 0) | (rate != 0))", "moves = finite & (square > 0)"),
+        ("parts, BLOCK)", "1, BLOCK)"),
+        ("squares + tl.load(table + FIRST_CHECK * count + index)", "squares"),
+        ("tl.load(skipped) + 1", "tl.load(skipped)"),
+        ("mask=o < left, other=0.0", "mask=o < left - 1, other=0.0"),
+    ],
+)
+def test_flaws_that_mutants_miss_are_noticed(mutant, old, new):
+    with pytest.raises(AssertionError):
+        check_flaws(mutant(diagonal, old, new))
+
+
 def check_eps(module) -> None:
     p, g, m, s = torch.zeros(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
-    module.diagonal_step([p], [g], [m], [s], torch.tensor(1.0), torch.tensor(1.0), 0.0, 0.5, 1.0, 0.5, 0.0, 1.0, "rf", False)
+    counts = [torch.zeros(())], [torch.tensor(0)]
+    module.diagonal_step([p], [g], [m], [s], *counts, torch.tensor(1.0), [0.0], 0.0, 0.5, 1.0, 0.5, 1.0, "rf", False)
     assert torch.equal(p, -torch.ones(3)) and torch.equal(s, torch.full((3,), 0.5))
 
 
@@ -468,7 +528,8 @@ def test_the_bias_corrections_of_adamw_do_not_cancel():
     for step in (1, 2, 3, 100, 10_000):
         p, g = torch.zeros(1), torch.ones(1)
         m, s = torch.full((1,), 1 - 0.9 ** (step - 1)), torch.full((1,), 1 - 0.9999 ** (step - 1))
-        args = torch.tensor(1.0), torch.tensor(float(step)), 0.9, 0.9999, 1.0, 0.0, 0.0, 1.0, "adamw", False
+        counts = [torch.tensor(step - 1.0)], [torch.tensor(0)]
+        args = *counts, torch.tensor(1.0), [0.0], 0.9, 0.9999, 1.0, 0.0, 1.0, "adamw", False
         diagonal.diagonal_step([p], [g], [m], [s], *args)
         torch.testing.assert_close(p, torch.tensor([-1.0]), rtol=2e-6, atol=0)
 
@@ -477,13 +538,12 @@ def test_the_reference_is_torchs_adamw():
     p, reset = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64)
     theirs = torch.nn.Parameter(p.clone())
     optimizer = torch.optim.AdamW([theirs], lr=0.03, betas=(0.8, 0.97), eps=1e-7, weight_decay=0.2, maximize=True)
-    m, s = reset.clone(), reset.clone()
-    for step in range(1, 6):
+    m, s, step, skipped = reset.clone(), reset.clone(), torch.tensor(0.0), torch.tensor(0)
+    for _ in range(5):
         theirs.grad = torch.randn_like(p)
         optimizer.step()
-        lr, number = torch.tensor(0.03, dtype=torch.float64), torch.tensor(float(step))
         options = {"betas": (0.8, 0.97), "eps": 1e-7, "weight_decay": 0.2, "maximize": True}
-        ops.diagonal_update([p], [theirs.grad], [m], [s], lr, number, rule="adamw", **options)
+        ops.diagonal_update([p], [theirs.grad], [m], [s], [step], [skipped], 0.03, rule="adamw", **options)
         torch.testing.assert_close(p, theirs.detach(), rtol=1e-13, atol=1e-13)
 
 
@@ -497,7 +557,8 @@ def test_the_reference_is_root_free():
             c = 0.9 * c + b / (d + 0.1) + 0.2 * a
             want.append((a - 0.5 * c, c, d))
         options = {"betas": (0.9, 0.99), "gamma": gamma, "eps": 0.1, "weight_decay": 0.2, "batch_size": batch_size}
-        ops.diagonal_update([p], [g], [m], [s], torch.tensor(0.5).double(), torch.tensor(1.0), rule="rf", **options)
+        counts = [torch.tensor(0.0)], [torch.tensor(0)]
+        ops.diagonal_update([p], [g], [m], [s], *counts, torch.tensor(0.5).double(), rule="rf", **options)
         torch.testing.assert_close(torch.stack([p, m, s], -1), torch.tensor(want, dtype=torch.float64), rtol=1e-13, atol=0)
 
 
@@ -509,7 +570,9 @@ def op_cases(dtype: torch.dtype = torch.float32):
     x, flags = torch.randn(2, 3, 7, 9).to(dtype), torch.tensor([True, False, True])
     vector = [positive(2, 3, *s) for s in ((7,), (9,), (), (7,), (9,))]
     k, momentum = torch.randn(2, 3, 7, 7).to(dtype), torch.randn(2, 3, 7, 7).to(dtype)
-    lr, step, u = torch.tensor(0.1, dtype=torch.float64), torch.tensor(2.0), torch.randn(3, 7, 9)
+    lr, u = torch.tensor(0.1, dtype=torch.float64), torch.randn(3, 7, 9)
+    counts = torch.ones(3), torch.ones(3).long()
+    lists = [torch.ones(()), torch.ones(())], [torch.tensor(1), torch.tensor(2)]
     four = [[torch.randn(4, 5).to(dtype), torch.randn(3).to(dtype)] for _ in range(3)]
     four.append([x.abs() for x in four[0]])
     options = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -518,12 +581,12 @@ def op_cases(dtype: torch.dtype = torch.float32):
         "spectrum_update": ((*vector, 0.1), {"damping": 0.2}),
         "factor_update": ((k.mT, momentum, 0.3), {}),
         "momentum_update": ((x[0], x[1].mT.contiguous().mT, flags, 0.9), {"maximize": True}),
-        "parameter_update": (([x[0, :2], x[1, :1]], u, u.square().sum(-1), flags, lr), {"weight_decay": 0.1}),
-        "diagonal_update": ((*four, lr, step), {"rule": "adamw", **options}),
+        "parameter_update": (([x[0, :2], x[1, :1]], u, u.square().sum(-1), flags, *counts, lr), {"weight_decay": 0.1}),
+        "diagonal_update": ((*four, *lists, lr), {"rule": "adamw", **options}),
     }
 
 
-COUNTS = {"factor_update": 2}
+COUNTS = {"factor_update": 2, "diagonal_update": 2}
 NAMES = list(op_cases())
 
 
@@ -561,7 +624,8 @@ def test_ops_without_their_kernels(name, kernels_on_cpu):
 
     def change(value, f):
         if isinstance(value, Tensor):
-            return f(value) if value.is_floating_point() and value.ndim else value
+            counter = not value.ndim or (name == "parameter_update" and value.ndim == 1)
+            return f(value) if value.is_floating_point() and not counter else value
         return [change(x, f) for x in value] if isinstance(value, list | tuple) else value
 
     with recording() as launches:
@@ -608,7 +672,8 @@ def test_compiles_without_a_graph_break(name):
 def diagonal_call(**options):
     x = torch.ones(3)
     lists = {name: [x.clone()] for name in ("params", "grads", "momenta", "seconds")}
-    defaults = {"lr": torch.tensor(0.1), "step": torch.tensor(1.0), "rule": "adamw", "betas": (0.9, 0.99), "eps": 1e-8}
+    lists |= {"steps": [torch.ones(())], "skipped": [torch.tensor(0)]}
+    defaults = {"lr": torch.tensor(0.1), "rule": "adamw", "betas": (0.9, 0.99), "eps": 1e-8}
     ops.diagonal_update(**(lists | defaults | options))
 
 
@@ -623,12 +688,14 @@ def diagonal_call(**options):
         ({"eps": -1.0}, ValueError, r"`eps` must be at least 0, got -1.0"),
         ({"gamma": 0.0}, ValueError, r'`gamma` and `batch_size` belong to rule="rf", got 0.0 and 1.0 with "adamw"'),
         ({"lr": torch.ones(2)}, ValueError, r"`lr` must have one element, got shape \(2,\) on cpu"),
-        ({"step": torch.tensor(1)}, TypeError, r"`step` must be float64, float32, bfloat16 or float16, got torch.int64"),
-        ({"step": torch.ones(2)}, ValueError, r"`step` must be one float32 element on cpu, got torch.float32 of shape \(2,\)"),
+        ({"steps": [torch.tensor(1)]}, ValueError, r"`steps\[0\]` must hold 1 torch.float32 on cpu, got torch.int64"),
+        ({"skipped": [torch.ones(2).long()]}, ValueError, r"`skipped\[0\]` must hold 1 torch.int64 on cpu, got .* \(2,\)"),
+        ({"weight_decay": [0.1, 0.2]}, ValueError, r"`weight_decay` must be as long as `params`, 1, got 2"),
+        ({"weight_decay": -0.1}, ValueError, r"`weight_decay` must be at least 0, got -0.1"),
     ],
 )
 def test_wrong_arguments_are_named(options, error, message):
     with pytest.raises(error, match=f"diagonal_update: {message}"):
         diagonal_call(**options)
     diagonal_call()
-    diagonal_call(params=[], grads=[], momenta=[], seconds=[])
+    diagonal_call(params=[], grads=[], momenta=[], seconds=[], steps=[], skipped=[])

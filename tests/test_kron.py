@@ -28,7 +28,6 @@ def state(b: int, n: int, m: int, dtype: torch.dtype, carry: bool = True, sides:
         "residuals": tuple(residuals),
         "eigenvalues": tuple(torch.rand(b, size, dtype=acc) + 0.5 for size in (n, m)),
         "scale": torch.rand(b, dtype=acc) + 0.5,
-        "step": torch.full((b,), 3.0, dtype=acc),
         "updates": torch.full((b,), 3.0, dtype=acc),
     }
 
@@ -67,7 +66,7 @@ def test_it_is_gram_track_and_cayley_track_of_both_sides(carry, sides):
     s, g = state(b, n, m, torch.float64, carry, sides), gradients(b, n, m)
     old = mapped(Tensor.clone, s)
     finite = track(g, s)
-    assert finite.all() and (s["step"] == 4).all() and (s["updates"] == 4).all()
+    assert finite.all() and (s["updates"] == 4).all()
     x = reference.rotate(g, *old["bases"])
     logs = []
     for i, (z, k) in enumerate(((x, m), (x.mT, n))):
@@ -87,7 +86,7 @@ def test_it_is_gram_track_and_cayley_track_of_both_sides(carry, sides):
 
 def test_the_first_update_takes_its_scale_from_the_gradient_and_half_of_its_curvature():
     s, g = state(2, 4, 5, torch.float64), gradients(2, 4, 5)
-    s["step"].zero_(), s["updates"].zero_()
+    s["updates"].zero_()
     same = mapped(Tensor.clone, s)
     same["scale"] = g.square().mean((-2, -1))
     same["updates"] += 1  # past the first update, the scale stays and the share is 1/3
@@ -114,9 +113,9 @@ def test_flawed_gradients_leave_their_matrices_untouched(dtype, on_kernels, requ
     old = mapped(Tensor.clone, s)
     seed = torch.arange(4) if dtype == torch.bfloat16 else None
     assert track(g, s, seed=seed).tolist() == [False, False, True, True]
-    assert s["step"].tolist() == [3.0, 3.0, 4.0, 4.0] and s["updates"].tolist() == [3.0, 3.0, 3.0, 4.0]
+    assert s["updates"].tolist() == [3.0, 3.0, 3.0, 4.0]
     for (name, now), before in zip(flat(s).items(), flat(old).values(), strict=True):
-        if name not in ("step[0]", "updates[0]"):
+        if name != "updates[0]":
             assert torch.equal(now[:3], before[:3]), name
             assert not torch.equal(now[3], before[3]) and now[3].isfinite().all(), name
 
@@ -134,7 +133,7 @@ def test_kernels_are_as_accurate_as_the_composition(dtype, order, shape, carry, 
 
     def run(values: dict, g: Tensor) -> None:
         v = values
-        rest = v["scale"], v["step"], v["updates"], None, BETA, DAMPING, 0.1, LIMIT, order
+        rest = v["scale"], v["updates"], None, BETA, DAMPING, 0.1, LIMIT, order
         reference.kron_track(g, *v["bases"], *v["residuals"], *v["eigenvalues"], *rest)
 
     run(exact, g.double())
@@ -173,7 +172,7 @@ def test_other_dtypes_take_pytorch(bases, kernels_on_cpu):
 def test_opcheck(dtype):
     s = state(2, 4, 3, dtype)
     seed = torch.arange(2) if dtype == torch.bfloat16 else None
-    state_args = *s["bases"], *s["residuals"], *s["eigenvalues"], s["scale"], s["step"], s["updates"]
+    state_args = *s["bases"], *s["residuals"], *s["eigenvalues"], s["scale"], s["updates"]
     args = gradients(2, 4, 3, torch.float32), *state_args, seed, 0.4, 0.0, 0.1, 0.42, 2
     torch.library.opcheck(torch.ops.spectral_ops.kron_track.default, args)
 

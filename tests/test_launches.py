@@ -13,7 +13,8 @@ from spectral_ops.optim import SpectralKron, param_groups
 SILENT = {
     "view", "_unsafe_view", "reshape", "split", "split_with_sizes", "select", "slice", "alias", "detach", "unsqueeze",
     "squeeze", "as_strided", "transpose", "expand", "t", "permute", "narrow", "unbind", "empty", "empty_like", "empty_strided",
-    "lift_fresh", "_record_function_enter_new", "_record_function_exit", "flatten", "mT", "item",
+    "lift_fresh", "detach_", "_record_function_enter_new", "_record_function_exit",
+    "flatten", "mT", "item",
 }  # fmt: skip
 
 
@@ -76,9 +77,9 @@ def test_steps_between_factor_updates_launch_less():
     optimizer = SpectralKron(model.parameters(), update_interval=2)
     optimizer.param_groups[0]["step"] = 20  # past the first steps, in which factors are always updated
     counts = []
-    for _ in range(4):
+    for _ in range(6):
         model.weight.grad = torch.randn_like(model.weight)
         with Counter() as counter, recording(run=False) as kernels:
             optimizer.step()
         counts.append(len(kernels) + len(counter.names))
-    assert counts[2] < counts[3]
+    assert counts[3] == counts[5] < counts[2] == counts[4]  # the first two make the state and the tables

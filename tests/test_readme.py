@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.bench.tasks import Text
-from spectral_ops.optim import SpectralKron, param_groups
+from spectral_ops.optim import param_groups
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -29,13 +31,24 @@ def test_the_routing_table_is_what_param_groups_prints():
     assert "\n".join(f"    {line}" for line in table.splitlines()) in README
 
 
-def test_the_state_formula():
-    """Bytes of state of an `n × m` float32 weight, as the README gives them."""
-    n, m = 5, 7
-    p = nn.Parameter(torch.randn(n, m))
-    optimizer = SpectralKron([p])
-    p.grad = torch.randn(n, m)
+def state_rows() -> list[tuple[str, str, str]]:
+    section = README.partition("## State\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(.+?)`.* \| (\w+) \| `(.+)` \|$", section, re.M)
+
+
+@pytest.mark.parametrize("name,dtype,formula", state_rows())
+@pytest.mark.parametrize("n,m", [(5, 7), (1, 9), (40, 3)])
+def test_the_state_formulas(name, dtype, formula, n, m):
+    """A side of one element has no basis."""
+    p = nn.Parameter(torch.randn(n, m, dtype=getattr(torch, dtype)))
+    optimizer = OPTIMIZERS[name]([p])
+    p.grad = torch.randn_like(p)
     optimizer.step()
     size = sum(v.numel() * v.element_size() for v in optimizer.state[p].values())
-    assert size == 4 * (n * m + 2 * n * n + 2 * m * m + n + m + 3)
-    assert "`4 (n·m + 2n² + 2m² + n + m + 3)`" in README
+    assert size == eval(formula.replace("n*n", "0") if n == 1 else formula, {"n": n, "m": m})
+
+
+def test_every_optimizer_has_a_formula():
+    assert {type(OPTIMIZERS[name]([nn.Parameter(torch.ones(2, 2))])) for name, _, _ in state_rows()} == {
+        type(build([nn.Parameter(torch.ones(2, 2))])) for build in OPTIMIZERS.values()
+    }

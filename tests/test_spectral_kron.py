@@ -267,7 +267,7 @@ def test_update_interval_freezes_the_factors_between():
         if t:
             changed.append(not torch.equal(before["basis_left"], optimizer.state[p]["basis_left"]))
     assert changed[:9] == [True] * 9  # every one of the first ten steps
-    assert changed[9:] == [t % 4 == 0 for t in range(11, 25)]
+    assert changed[9:] == [t % 4 == 2 for t in range(11, 25)]  # the middle of its only matrix lies in the third quarter
 
 
 def test_adamw_inside_is_torchs_adamw():
@@ -276,7 +276,7 @@ def test_adamw_inside_is_torchs_adamw():
     run(SpectralKron([{"params": mine, "algorithm": "adamw"}], lr=0.01, weight_decay=0.1), 5)
     run(torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True), 5)
     for p, q in zip(mine, theirs, strict=True):
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_lr_may_be_a_tensor_and_schedulers_work():
@@ -348,7 +348,8 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad, rotation):
     optimizer.step()
     assert torch.equal(params[0], before[0]) and not torch.equal(params[1], before[1])
     for name, value in state.items():
-        assert torch.equal(optimizer.state[params[0]][name], value), name
+        assert torch.equal(optimizer.state[params[0]][name], value) != (name == "skipped"), name
+    assert optimizer.skipped_steps() == 1
     run(optimizer, 3)
     assert all(p.isfinite().all() for p in params)
 
@@ -627,7 +628,7 @@ def test_add_param_group():
         ({"cayley_order": 3}, "`cayley_order` must be one of None, 2, 4, 8, got 3"),
         ({"rotation_limit": 0.6}, r"`rotation_limit` must be in \(0, 0.42\] at this Cayley order, got 0.6"),
         ({"weight_decay": -0.1}, "`weight_decay` must be at least 0, got -0.1"),
-        ({"preconditioner_dtype": torch.int8}, "`preconditioner_dtype` must be one of .* got torch.int8"),
+        ({"preconditioner_dtype": torch.int8}, "`preconditioner_dtype` must be one of None, bfloat16, .*, got 'int8'"),
         ({"gamma": 0}, '`gamma=0` and `exact=True` are of rotation="riemannian"'),
         ({"rotation": "riemannian", "exact": True, "damping": 0.1}, "`damping` belongs to the truncated map"),
     ],

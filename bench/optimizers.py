@@ -1,0 +1,35 @@
+"""Every optimizer of the package in every kind of state it has: what the contract's tests and the fault table go through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from spectral_ops.optim import SpectralKron
+
+Build = Callable[..., Optimizer]  # of parameters, or groups of them, and options
+
+
+def _elementwise(params: Any, **options: Any) -> Optimizer:
+    """The AdamW inside the matrix optimizers, for every parameter."""
+    groups = list(params)
+    if not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    return SpectralKron([group | {"algorithm": "adamw"} for group in groups], **options)
+
+
+def _with(optimizer: type[Optimizer], **fixed: Any) -> Build:
+    return lambda params, **options: optimizer(params, **(fixed | options))
+
+
+RIEMANNIAN: dict[str, Any] = {"rotation": "riemannian", "betas": (0.9, 0.95)}
+OPTIMIZERS: dict[str, Build] = {
+    "SpectralKron": _with(SpectralKron),
+    "SpectralKron bf16": _with(SpectralKron, preconditioner_dtype=torch.bfloat16),
+    "SpectralKron interval": _with(SpectralKron, update_interval=3),
+    "SpectralKron graft": _with(SpectralKron, update_scale="graft", carry_residual=False),
+    "SpectralKron riemannian": _with(SpectralKron, **RIEMANNIAN, cayley_order=4),
+    "SpectralKron paper": _with(SpectralKron, **RIEMANNIAN, update_scale=None),
+    "AdamW inside": _elementwise,
+}

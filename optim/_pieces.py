@@ -1,0 +1,110 @@
+"""How a parameter is cut into matrices, and how matrices of one shape come together."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_ops.reference import accumulation_dtype
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start … start + length` of a parameter, as `count` matrices of `n × m`. `lead` is `(count,)` or `()`."""
+
+    parameter: Tensor
+    start: int
+    length: int
+    lead: tuple[int, ...]
+    n: int
+    m: int
+    suffix: str
+    index: int  # of the parameter in the optimizer
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.lead)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one matrix, and the whole parameter."""
+        return self.count == 1 and self.length == self.parameter.shape[0]
+
+    @property
+    def grad(self) -> Tensor:
+        assert self.parameter.grad is not None  # parameters without one are not in a batch
+        return self.parameter.grad
+
+    def on_meta(self) -> "Piece":
+        """The same without data."""
+        return replace(self, parameter=torch.empty_like(self.parameter, device="meta"))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
+        return x if self.length == x.shape[0] else x.narrow(0, self.start, self.length)
+
+    def matrices(self, x: Tensor) -> Tensor:
+        """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
+        return self.rows(x).reshape(-1, self.n, self.m)
+
+
+def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
+    """Cut a parameter into pieces by the group's `conv`, `split_sizes` and `num_heads`."""
+    shape = tuple(p.shape)
+    is_conv = group["conv"] if group["conv"] is not None else p.ndim > 3
+    if p.ndim > 2 and not is_conv:
+        yield Piece(p, 0, shape[0], (math.prod(shape[:-2]),), shape[-2], shape[-1], "", index)
+        return
+    rows, m = shape[0], math.prod(shape[1:])
+    sizes = group["split_sizes"] or [rows]
+    heads = group["num_heads"] or 1
+    heads = [heads] * len(sizes) if isinstance(heads, int) else list(heads)
+    if sum(sizes) != rows or len(heads) != len(sizes) or any(s % h for s, h in zip(sizes, heads, strict=False)):
+        raise ValueError(
+            f"split_sizes={group['split_sizes']} and num_heads={group['num_heads']} do not divide the {rows} rows "
+            f"of a parameter of shape {shape}"
+        )
+    if len(set(zip(sizes, heads, strict=True))) == 1:  # equal parts: one piece
+        count = len(sizes) * heads[0]
+        yield Piece(p, 0, rows, (count,) if count > 1 else (), rows // count, m, "", index)
+        return
+    start = 0
+    for i, (size, h) in enumerate(zip(sizes, heads, strict=True)):
+        yield Piece(p, start, size, (h,) if h > 1 else (), size // h, m, f"_{i}", index)
+        start += size
+
+
+def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece], Tensor]]:
+    """Each class with its gradients `(b, n, m)`. All gradients of one dtype and device are copied together, in one launch."""
+    kinds: dict[Any, list[Any]] = {}
+    for key, members in classes.items():
+        kinds.setdefault((members[0].grad.dtype, members[0].grad.device), []).append(key)
+    for keys in kinds.values():
+        flat = torch.cat([piece.rows(piece.grad).reshape(-1) for key in keys for piece in classes[key]])
+        sizes = [sum(piece.count * piece.n * piece.m for piece in classes[key]) for key in keys]
+        for key, g in zip(keys, flat.split(sizes), strict=True):
+            yield key, classes[key], g.view(-1, classes[key][0].n, classes[key][0].m)
+
+
+def shares(classes: dict[Any, list[Piece]]) -> dict[int, Tensor]:
+    """For each parameter of several matrices, by its index, a number to add to its gradient: 0, or NaN where the gradient or
+    its square is not finite, so that all its matrices skip a step together."""
+    several = {piece.index: piece.grad for members in classes.values() for piece in members if not piece.alone}
+    numbers: dict[int, Tensor] = {}
+    for dtype in {g.dtype for g in several.values()}:
+        mine = [(index, g) for index, g in several.items() if g.dtype == dtype]
+        norms = torch._foreach_norm([g for _, g in mine], 2, accumulation_dtype(dtype))
+        numbers |= {index: norm.square() * 0 for (index, _), norm in zip(mine, norms, strict=True)}
+    return numbers
+
+
+def name_of(group: Group, i: int) -> str:
+    """How errors call a parameter."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][i]!r}"
+    return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
