@@ -127,6 +127,17 @@ def fresh(arguments: Arguments) -> Arguments:
     return _mapped(arguments, torch.clone)
 
 
+def restore(arguments: Any, source: Any) -> None:
+    """Copy the tensors of `source` into those of `arguments`."""
+    if isinstance(arguments, Tensor):
+        arguments.copy_(source)
+    elif isinstance(arguments, dict):
+        restore(tuple(arguments.values()), tuple(source.values()))
+    elif isinstance(arguments, tuple):
+        for mine, theirs in zip(arguments, source, strict=True):
+            restore(mine, theirs)
+
+
 def upcast(arguments: Arguments) -> Arguments:
     return _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
 
@@ -406,6 +417,8 @@ class CayleyTrack(Case):
             if self.order == 2:
                 c = 4 / (1 + torch.sqrt(1 - 4 * (step * sigma).square()))
                 f = (2 * x + c[:, None, None] * x2).to(x.dtype)
+            elif self.order == 3:
+                f = 2 * x + 2 * x2 + (1 + (step * sigma).square() / 4)[:, None, None].to(x.dtype) * (x2 @ x)
             elif self.order == 4:
                 f = 2 * x + 2 * x2 + x2 @ (reference.QUARTIC_A * x + reference.QUARTIC_B * x2)
             else:
@@ -444,8 +457,8 @@ def _map_work(n: int, order: int, size: int) -> Work:
     square, even, finish = Work(products, 2 * matrix), Work(products, 3 * matrix), Work(full(n, n, n), 4 * matrix)
     if order == 2:
         return square + Work(products, 4 * matrix)
-    if order == 4:
-        return square + Work(products, 5 * matrix) + finish
+    if order in (3, 4):
+        return square + Work((order - 1) * products, 4 * matrix)
     return square.times(2) + even + Work(products, 6 * matrix) + finish
 
 
@@ -584,7 +597,7 @@ class KronTrack(Case):
     """A gradient enters the curvature and turns both bases: the launches of one optimizer step, in place."""
 
     name, operands, symmetric = "kron_track", ("bf16", "split", "fp32"), ("residual_c", "residual_k")
-    settings, roundings = (0.5, 0.0, EPSILON, LIMIT, 2), 4
+    settings, roundings = (0.5, 0.0, EPSILON, LIMIT, 3), 4
 
     def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
         updates = 3 + torch.arange(batch, device=make.device, dtype=torch.float32)
@@ -610,7 +623,7 @@ class KronTrack(Case):
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
         move = Work(0, size * 2 * (n * n + m * m))  # of the turned bases to their place
-        pieces = (ROTATE, AVERAGE, CASES["gram_track_both"], CASES["cayley_track_2"])
+        pieces = (ROTATE, AVERAGE, CASES["gram_track_both"], CASES["cayley_track_3"])
         return sum((case.matrix_work(n, m, size, gradient) for case in pieces), move)
 
 
@@ -829,7 +842,7 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Gram(), GramSkew(), SkewGenerator(), Track(both=False), Track(both=True), CayleyUpdate(),
-        *(CayleyTrack(order) for order in (2, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(),
+        *(CayleyTrack(order) for order in (2, 3, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(),
         SpectrumUpdate(), StochasticRound(), Momentum(), ParameterUpdate(), DiagonalStep(),
     )
 }  # fmt: skip

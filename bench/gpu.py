@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from spectral_ops import reference
 from spectral_ops._library import without_kernels
 from spectral_ops.bench import kernels, report, steps, tune
-from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judged, unit
+from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judged, restore, unit
+from spectral_ops.bench.optimizers import OPTIMIZERS, Build
 from spectral_ops.bench.tasks import Text
 from spectral_ops.kernels import rounding, update
 from spectral_ops.optim import SpectralKron
@@ -37,9 +38,13 @@ BITS_SHAPES = ((250, 128, 3), (1024, 768, 2))
 REPEATS = 100
 ROUNDED = (3, 256, 512)  # the shape of all numbers that are rounded
 WORKERS = 12
+CAPTURED = ((64, 48), (64, 48), (48, 64), (3, 32, 48), (33, 7), (48,), ())  # parameters of the captured steps
 TEXT_SECONDS = 40  # that the text model's steps take at most
-CHECKING = ("correctness", "rounding", "same bits")  # sections whose failure is a failed check
+CHECKING = ("correctness", "rounding", "same bits", "captured steps")  # sections whose failure is a failed check
 PRINTED = 12_000  # characters of the summary
+
+
+Capture = Callable[[Callable[[], Any]], Callable[[], None]]  # takes what is captured, returns what replays it
 
 
 @dataclass(frozen=True)
@@ -142,9 +147,13 @@ def every_bfloat16(device: str) -> Tensor:
     return (high[:, None] | low).flatten().view(torch.float32).to(device)
 
 
+def raw(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
+
+
 def same(x: Tensor, y: Tensor) -> bool:
     """Bit for bit."""
-    return x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+    return x.dtype == y.dtype and torch.equal(raw(x), raw(y))
 
 
 def same_or_nan(x: Tensor, y: Tensor) -> bool:
@@ -174,6 +183,15 @@ def differing(first: Results, second: Results) -> str:
     return ", ".join(name for name, x in first.items() if not same(x, second[name]))
 
 
+def cuda_graph(run: Callable[[], Any]) -> Callable[[], None]:
+    """Capture what `run` launches, without doing it; the result does it."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def repeated(case: Case, arguments: Arguments) -> str:
     first = case.run(fresh(arguments))
     moved = {differing(first, case.run(fresh(arguments))) for _ in range(REPEATS)} - {""}
@@ -182,11 +200,11 @@ def repeated(case: Case, arguments: Arguments) -> str:
 
 def replayed(case: Case, arguments: Arguments) -> str:
     first, static = case.run(fresh(arguments)), fresh(arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = case.run(static)
-    graph.replay()
+    case.run(static)  # finds the tensors; what it changed of them is put back
+    restore(static, arguments)
+    results: Results = {}
+    replay = cuda_graph(lambda: results.update(case.run(static)))
+    replay()
     torch.cuda.synchronize()
     other = differing(first, results)
     return f"differs in a graph: {other}" if other else ""
@@ -215,6 +233,65 @@ def guarded(check: Callable[[Case, Arguments], str], case: Case, arguments: Argu
         return check(case, arguments)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+# --- Captured steps -----------------------------------------------------------------------------------------------------
+
+
+def captured_steps(found: Findings, deadline: float, device: str = "cuda", capture: Capture = cuda_graph) -> None:
+    """Steps that a CUDA graph replays against steps that Python makes, bit for bit."""
+    for (name, build), dtype in product(OPTIMIZERS.items(), (torch.float32, torch.bfloat16)):
+        row = partial(Check, "graph", f"step of {name}", str(dtype).removeprefix("torch."), 0, 0, 0, "", 0, 0, 0)
+        if time.time() > deadline:
+            found.checks.append(row("not run"))
+            continue
+        try:
+            found.checks.append(row(replayed_steps(build, dtype, device, capture)))
+        except Exception as error:
+            found.checks.append(row(f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+def replayed_steps(build: Build, dtype: torch.dtype, device: str, capture: Capture) -> str:
+    """What of an optimizer's parameters and state differs. The gradients of the capture are others than before it; one of them
+    has a NaN in one of the steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator).to(device, dtype) for shape in CAPTURED]
+
+    values = numbers()
+    replaying, plain = ([nn.Parameter(x.clone()) for x in values] for _ in range(2))
+    options = {"capturable": True, "update_interval": 1, "weight_decay": 0.1}
+    optimizers = [build(params, lr=torch.tensor(0.01, device=device), **options) for params in (replaying, plain)]
+
+    def step_plain(gradients: list[Tensor]) -> None:
+        for p, g in zip(plain, gradients, strict=True):
+            p.grad = g.clone()
+        optimizers[1].step()
+
+    for _ in range(2):
+        gradients = numbers()
+        for p, g in zip(replaying, gradients, strict=True):
+            p.grad = g.clone()
+        optimizers[0].step()
+        step_plain(gradients)
+    for p in replaying:
+        p.grad = torch.zeros_like(p)
+    replay = capture(optimizers[0].step)
+    for step in range(5):
+        gradients = numbers()
+        if step == 2:
+            gradients[0].view(-1)[3] = float("nan")
+        for p, g in zip(replaying, gradients, strict=True):
+            p.grad.copy_(g)  # type: ignore[union-attr]
+        replay()
+        step_plain(gradients)
+    first, second = ({f"{i}.{name}": x for i, p in enumerate(params) for name, x in {"value": p.detach(), **o.state[p]}.items()}
+                     for params, o in zip((replaying, plain), optimizers, strict=True))  # fmt: skip
+    if optimizers[0].skipped_steps() != 1:
+        return f"skipped {optimizers[0].skipped_steps().item()} steps, not 1"
+    other = differing(first, second)
+    return f"differs in a graph: {other}" if other else ""
 
 
 # --- Optimizer steps ----------------------------------------------------------------------------------------------------
@@ -349,8 +426,9 @@ def main(argv: list[str] | None = None) -> None:
     sections: list[Section] = [
         ("correctness", 170, correctness),
         ("rounding", 10, lambda found, deadline: roundings(found, "cuda")),
-        ("same bits", 50, bits),
-        ("kernels", 130, benchmarks),
+        ("same bits", 40, bits),
+        ("captured steps", 30, captured_steps),
+        ("kernels", 120, benchmarks),
         ("optimizer steps", 40, optimizer_steps),
         ("text steps", 45, text_steps),
         ("tiles", 50, partial(tuning, out=options.out)),

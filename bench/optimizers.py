@@ -13,6 +13,8 @@ Build = Callable[..., Optimizer]  # of parameters, or groups of them, and option
 
 def _elementwise(params: Any, **options: Any) -> Optimizer:
     """The AdamW inside the matrix optimizers, for every parameter."""
+    if isinstance(params, torch.Tensor):
+        return SpectralKron(params, **options)  # which is an error
     groups = list(params)
     if not isinstance(groups[0], dict):
         groups = [{"params": groups}]

@@ -80,11 +80,11 @@ def _even(
 
 @triton.jit(do_not_specialize=["count0", "count1", "parts0", "parts1"])
 def _map(
-    b0, b1, x0, x1, x2_0, x2_1, e0, e1, f0, f1, h0, h1, steps, squares, parts0, parts1, step, usable, limit,
+    b0, b1, x0, x1, x2_0, x2_1, e0, e1, f0, f1, h0, h1, squares, parts0, parts1, step, usable, limit,
     n, m, count0, count1,
     ORDER: tl.constexpr, CORRECT: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`F = P(Y) − I − ½ (BᵀB − I)`, `Y = s·X`. Orders 4 and 8 lack a product yet: `F + Y² H` and `F + H E`."""
+    """`F = P(Y) − I − ½ (BᵀB − I)`, `Y = s·X`. Order 8 lacks a product yet: `F + H E`."""
     matrix, right, t, size = _side(count0, count1, n, m)
     i, j = tiles.triangle(t)
     start = matrix * size * size
@@ -95,51 +95,47 @@ def _map(
         s, turn = _limited(squares, parts0, parts1, matrix, right, limit)
     else:
         s, turn = tl.load(step + matrix), 0.0
-    x = s * tiles.load_tile(tl.where(right, x1, x0) + start, i, j, size, size, BLOCK, BLOCK)
-    x2 = s * s * tiles.load_tile(tl.where(right, x2_1, x2_0) + start, i, j, size, size, BLOCK, BLOCK)
-    f, h = tl.where(right, f1, f0) + start, tl.where(right, h1, h0) + start
+    px, px2 = tl.where(right, x1, x0) + start, tl.where(right, x2_1, x2_0) + start
+    x2 = s * s * tiles.load_tile(px2, i, j, size, size, BLOCK, BLOCK)
     if ORDER == 2:
         even = 4.0 / (1.0 + tl.sqrt(tl.maximum(1.0 - 4.0 * turn * turn, 0.0))) * x2
-    elif ORDER == 4:
-        even = 2.0 * x2
-    else:
+    elif ORDER == 8:
         even = x2 + tiles.load_tile(tl.where(right, e1, e0) + start, i, j, size, size, BLOCK, BLOCK)
+    else:
+        even = 2.0 * x2
     if CORRECT:
         o = tl.arange(0, BLOCK)
         identity = ((o[:, None] == o[None, :]) & (i == j)).to(tl.float32)
         even -= 0.5 * (gram - identity)
-    odd = 2.0 * x
+    if ORDER == 4:
+        x4 = tiles.product(px2, size, 1, px2, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
+        even += QUARTIC_B * (s * s) * (s * s) * x4
+    odd = 2.0 * s * tiles.load_tile(px, i, j, size, size, BLOCK, BLOCK)
+    if ORDER == 3 or ORDER == 4:
+        x3 = tiles.product(px2, size, 1, px, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
+        odd += (1.0 + 0.25 * turn * turn if ORDER == 3 else QUARTIC_A) * s * s * s * x3
     if usable is not None:
         ok = tl.load(usable + matrix) != 0
         even, odd = tl.where(ok, even, 0.0), tl.where(ok, odd, 0.0)
-    tiles.store_both(f, even + odd, even - odd, i, j, size, BLOCK)
-    if ORDER != 2:
-        if t == 0:
-            tl.store(steps + 2 * matrix + right.to(tl.int32), s)
-        if ORDER == 4:
-            even, odd = x2 * QUARTIC_B, x * QUARTIC_A
-        else:
-            even, odd = x2, 2.0 * x
+    tiles.store_both(tl.where(right, f1, f0) + start, even + odd, even - odd, i, j, size, BLOCK)
+    if ORDER == 8:
         if usable is not None:
-            even, odd = tl.where(ok, even, 0.0), tl.where(ok, odd, 0.0)
-        tiles.store_both(h, even + odd, even - odd, i, j, size, BLOCK)
+            x2 = tl.where(ok, x2, 0.0)
+        tiles.store_both(tl.where(right, h1, h0) + start, x2 + odd, x2 - odd, i, j, size, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count0", "count1"])
 def _finish_map(
-    a0, a1, b0, b1, f0, f1, out0, out1, steps, n, m, count0, count1, SCALED: tl.constexpr,
+    a0, a1, b0, b1, f0, f1, out0, out1, n, m, count0, count1,
     BLOCK: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`F + A B`, with `A` scaled by the step's square where it is `X²`."""
+    """`F + A B`."""
     matrix, right, t, size = _side(count0, count1, n, m)
     across = tl.cdiv(size, BLOCK)
     i, j = t // across, t % across
     start = matrix * size * size
     a, b = tl.where(right, a1, a0) + start, tl.where(right, b1, b0) + start
     w = tiles.product(a, size, 1, b, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
-    if SCALED:
-        s = tl.load(steps + 2 * matrix + right.to(tl.int32))
-        w *= s * s
     w += tiles.load_tile(tl.where(right, f1, f0) + start, i, j, size, size, BLOCK, BLOCK)
     out = tl.where(right, out1, out0) + start
     tiles.store_tile(out, tiles.rounded(w, out.dtype.element_ty, None), i, j, size, size, BLOCK, BLOCK)
@@ -288,7 +284,7 @@ def generator_map(
     """
     grid = Grid(x, config)
     square = grid.lower("square")
-    squares, steps = grid.numbers(square["count0"] + square["count1"]), grid.numbers(2)
+    squares = grid.numbers(square["count0"] + square["count1"])
     scale = {"step": step, "limit": limit, "squares": squares, "parts0": square["count0"], "parts1": square["count1"]}
     x2 = grid.empty()
     launch(_square, **square, **sides("a", x), **sides("b", x), **sides("out", x2), squares=squares, SIGN=-1)
@@ -298,18 +294,16 @@ def generator_map(
         launch(_square, **square, **sides("a", x2), **sides("b", x2), **sides("out", x4), squares=None, SIGN=1)
         launch(_even, **grid.lower("even"), **sides("x2_", x2), **sides("x4_", x4), **sides("out", e), **scale)
     f = grid.empty()
-    h = f if order == 2 else grid.empty()
+    h = grid.empty() if order == 8 else f
     launch(
-        _map, **grid.lower("map" if order == 2 else "map_long"), **sides("b", b), **sides("x", x), **sides("x2_", x2),
-        **sides("e", e), **sides("f", f), **sides("h", h), steps=steps, **scale, usable=usable, ORDER=order, CORRECT=correct,
+        _map, **grid.lower("map_long" if order == 8 else "map"), **sides("b", b), **sides("x", x), **sides("x2_", x2),
+        **sides("e", e), **sides("f", f), **sides("h", h), **scale, usable=usable, ORDER=order, CORRECT=correct,
     )  # fmt: skip
-    if order == 2:
+    if order != 8:
         return f
     out = grid.empty()
-    first, second = (x2, h) if order == 4 else (h, e)
     launch(
-        _finish_map, **grid.full("finish_map"), **sides("a", first), **sides("b", second), **sides("f", f),
-        **sides("out", out), steps=steps, SCALED=order == 4,
+        _finish_map, **grid.full("finish_map"), **sides("a", h), **sides("b", e), **sides("f", f), **sides("out", out)
     )  # fmt: skip
     return out
 

@@ -26,16 +26,20 @@ _captured: list[Table] = []
 
 
 def table(key: Hashable, values: Callable[[], list[int]], device: torch.device) -> Tensor:
-    """`values()` as int64 on the device, remembered by `key`, which tells them. Nothing waits for the copy."""
+    """`values()` as int64 on the device, remembered by `key`, which tells them. Nothing waits for the copy.
+
+    A CUDA graph that is being captured cannot make a table: not every PyTorch has pinned memory then.
+    """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     entry = _tables.get((key, device))
     if entry is None:
+        if capturing:
+            raise RuntimeError("a CUDA graph captures tensors that were not seen before: do the same once before capturing")
         host = torch.tensor(values(), dtype=torch.int64, pin_memory=device.type == "cuda")
         entry = host, host.to(device, non_blocking=True)
-        if not capturing:  # else only replays make the copy
-            if len(_tables) == TABLES:
-                _tables.pop(next(iter(_tables)))
-            _tables[key, device] = entry
+        if len(_tables) == TABLES:
+            _tables.pop(next(iter(_tables)))
+        _tables[key, device] = entry
     if capturing:
         _captured.append(entry)  # the graph reads it for as long as it lives
     return entry[1]

@@ -29,10 +29,10 @@ ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
 FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
-DEFAULT_ORDER = 2
+DEFAULT_ORDER = 3
 # Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
 # turns a plane by θ that multiplies the plane's anisotropic defect by `2 sin(θ/2)`: from 60° on the correction feeds it.
-LIMITS = {2: 0.42, 4: 0.5, 8: 0.55}
+LIMITS = {2: 0.42, 3: 0.48, 4: 0.5, 8: 0.55}
 LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
 
@@ -77,10 +77,10 @@ class SpectralKron(MatrixOptimizer):
         weight_decay: decoupled, multiplied by `lr`.
         update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; "graft": that of Adam's
             update; None: as it is.
-        cayley_order: 2, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_truncated`. None: 2 for
+        cayley_order: 2, 3, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_track`. None: 3 for
             "tracking", the exact map (a linear solve) for "riemannian".
         rotation_limit: bound on the generator's norm (spectral for "tracking", Frobenius for "riemannian"). None: the
-            largest that is stable, 0.42, 0.5 or 0.55 for order 2, 4 or 8: turns of under 60°.
+            largest that is stable, 0.42, 0.48, 0.5 or 0.55 for order 2, 3, 4 or 8: turns of under 60°.
         rotation_epsilon: relative eigenvalue gap under which rotations are damped ("tracking" only).
         max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of `B_l` and the residuals; None: the parameter's (float32 for float16). bfloat16 factors are
@@ -143,7 +143,7 @@ class SpectralKron(MatrixOptimizer):
         check.whole(group, "max_preconditioner_dim")
         check.choice(group, "rotation", ROTATIONS)
         check.choice(group, "update_scale", UPDATE_SCALES)
-        check.choice(group, "cayley_order", (None, 2, 4, 8))
+        check.choice(group, "cayley_order", (None, 2, 3, 4, 8))
         check.choice(group, "gamma", (0, 1))
         check.choice(group, "preconditioner_dtype", (None, *FACTOR_DTYPES))
         largest = LIMITS[_map(group)[0]]

@@ -8,7 +8,7 @@ from spectral_ops import reference
 from spectral_ops._batches import matrices, numbers
 from spectral_ops._library import define
 
-ORDERS = (2, 4, 8)
+ORDERS = (2, 3, 4, 8)
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -68,14 +68,16 @@ def cayley_truncated(x: Tensor, *, order: int = 8) -> Tensor:
     |---|---|---|---|
     | 8 | `(I + x)² (I + x²) (I + x⁴)`, the paper's (its factors are printed with inverses by mistake) | 4 | `(I − x⁸)²` |
     | 4 | `I + 2x + 2x² + a x³ + b x⁴`, `a = 4 − 2√2`, `b = 6 − 4√2` | 2 | `I + b² x⁸`, `b² = 0.118` |
+    | 3 | `I + 2x + 2x² + x³` | 2 | `I − x⁶` |
     | 2 | `I + 2x + 2x²` | 1 | `I + 4x⁴` |
 
-    All agree with the Cayley map up to `2x²`. Order 4 gives up the map's third-order term for orthogonality: at
+    The product of order 3 and the second ones of order 4 are skew or symmetric, which kernels compute by halves. All agree with
+    the Cayley map up to `2x²`. Order 4 gives up the map's third-order term for orthogonality: at
     `‖x‖₂ = 0.7` it loses 0.7 % of it, order 8 11 % and the paper's product cut at order 4 42 %.
 
     Args:
         x: `(..., n, n)`, skew-symmetric.
-        order: 2, 4 or 8.
+        order: 2, 3, 4 or 8.
 
     Returns:
         `(..., n, n)` in the dtype of `x`, computed in float32 (float64 for float64).
@@ -105,7 +107,7 @@ def cayley_update(
         b: `(..., n, n)`, orthogonal up to rounding.
         x: `(..., n, n)`, skew-symmetric, `‖step · x‖₂ < 1`.
         step: a number or one for each matrix; a tensor is read on its device, without a synchronisation.
-        order: 2, 4 or 8, see `cayley_truncated`.
+        order: 2, 3, 4 or 8, see `cayley_truncated`.
         correct: subtract `½ b (bᵀb − I)`: half the orthogonality defect, so that rounding errors do not build up.
         rounding: `"nearest"`, or `"stochastic"` where `b` is bfloat16 (elsewhere it rounds to nearest).
         seed: of the stochastic rounding, see `stochastic_round`.

@@ -87,8 +87,8 @@ def kron_track(
     beta: float,
     damping: float = 0.0,
     epsilon: float = 0.1,
-    limit: float = 0.42,
-    order: int = 2,
+    limit: float = 0.48,
+    order: int = 3,
 ) -> Tensor:
     """Average a gradient's curvature into `S = α S_C ⊗ S_K`, `S_l = B_l T_l B_lᵀ`, and turn the bases after it; in place.
 

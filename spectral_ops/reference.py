@@ -127,9 +127,7 @@ def cayley_track(
     b32, x = matched(raised(b), raised(x))
     x2 = x @ x
     step, norm = limited_step(x2, limit)
-    # I + 2X + cX² has PPᵀ = I − (4 − 2c)X² + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and goes to 2 as `norm` to 0.
-    c = 4 / (1 + torch.sqrt(1 - 4 * norm.square())) if order == 2 else None
-    p = correct(polynomial(x, x2, step, order, c), b32)
+    p = correct(polynomial(x, x2, step, order, norm), b32)
     b_new = rounded(b32 @ p, b.dtype, seed)
     if residual is None:
         return b_new, d.clone(), None
@@ -215,18 +213,22 @@ QUARTIC_A, QUARTIC_B = 4 - 2 * math.sqrt(2), 6 - 4 * math.sqrt(2)
 
 def cayley(x: Tensor) -> Tensor:
     eye = torch.eye(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
-    return torch.linalg.solve(eye - raised(x), eye + raised(x)).to(x.dtype).contiguous()
+    # Without a check, for which the host would wait: `I − X` has no eigenvalue under 1 in magnitude.
+    return torch.linalg.solve_ex(eye - raised(x), eye + raised(x)).result.to(x.dtype).contiguous()
 
 
-def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int, c: Tensor | None = None) -> Tensor:
-    """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet.
-
-    `c` is the coefficient of the square in order 2, one for each matrix; None: 2.
-    """
+def polynomial(x: Tensor, x2: Tensor, step: Tensor, order: int, norm: Tensor | None = None) -> Tensor:
+    """The truncated Cayley map of `step · x`, given `x2 = x @ x`, neither of them scaled yet. `norm`, one for each matrix,
+    bounds `‖step · x‖₂`, and orders 2 and 3 are fitted to it; None: they are not."""
     s = block(step)
-    if order == 2:
-        return add_diagonal(torch.addcmul(2 * s * x, x2, s * s * (2 if c is None else block(c))), 1)
+    square = torch.zeros_like(step) if norm is None else norm.square()
     x, x2 = s * x, s * s * x2
+    if order == 2:
+        # PPᵀ = I − (4 − 2c)X² + c²X⁴: this c keeps the length where ‖X‖₂ is `norm`, and goes to 2 as `norm` to 0.
+        return add_diagonal(2 * x + x2 * block(4 / (1 + torch.sqrt(1 - 4 * square))), 1)
+    if order == 3:
+        # PPᵀ = I + 4 (1 − e)X⁴ − e²X⁶: this e leaves it as far above as below, by 0.15 norm⁶ at most.
+        return add_diagonal(torch.addcmul(2 * x + 2 * x2, x2 @ x, block(1 + square / 4)), 1)
     if order == 4:
         return torch.matmul(x2, add_diagonal(QUARTIC_A * x + QUARTIC_B * x2, 2)).add_(add_diagonal(2 * x, 1))
     x4 = x2 @ x2

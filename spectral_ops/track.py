@@ -12,6 +12,7 @@ from spectral_ops import _checks as check
 from spectral_ops import reference
 from spectral_ops._batches import matrices, numbers, vectors
 from spectral_ops._library import define
+from spectral_ops.cayley import ORDERS
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -171,8 +172,8 @@ def cayley_track(
     d: Tensor,
     *,
     residual: Tensor | None = None,
-    limit: float = 0.42,
-    order: int = 2,
+    limit: float = 0.48,
+    order: int = 3,
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rotate a basis, and what is carried in it, by a limited and self-corrected truncated Cayley map.
@@ -180,9 +181,11 @@ def cayley_track(
         s = min(1, limit / σ),  σ² = ‖x²‖_F / √2 ≥ ‖x‖₂²,  P = cayley_truncated(s · x)
         b ← b (P − ½ (bᵀb − I)),   T ← Pᵀ T P   (with the same correction in P),   T = Diag(d) + residual
 
-    Order 2 is `P = I + 2X + cX²` with `c = 4 / (1 + √(1 − 4 s²σ²))`, which is 2 for small turns and keeps the length of the
-    fastest plane. Repeated at its limit the map is stable while every plane turns by less than 60°: there the correction
-    multiplies a plane's anisotropic defect by `2 sin(θ/2) < 1`. That is a limit of 0.43, 0.51 and 0.57 for order 2, 4 and 8.
+    Orders 2 and 3 are fitted to `τ = s²σ²`. Order 3 is `P = I + 2X + 2X² + (1 + τ/4) X³`, whose `P Pᵀ` departs from `I` by at
+    most `0.15 τ³`. Order 2 is `P = I + 2X + cX²` with `c = 4 / (1 + √(1 − 4τ))`, which is 2 for small turns and keeps the
+    length of the fastest plane; slower ones lose up to `1.7 τ²`. Repeated at its limit the map is stable while every plane
+    turns by less than 60°: there the correction multiplies a plane's anisotropic defect by `2 sin(θ/2) < 1`. That is a limit of
+    0.43, 0.49, 0.51 and 0.57 for order 2, 3, 4 and 8.
 
     Args:
         b: `(..., n, n)`, orthogonal up to rounding.
@@ -190,7 +193,7 @@ def cayley_track(
         d: `(..., n)`, the diagonal of `T`.
         residual: the off-diagonal part of `T`; None: only `b` is rotated and `d` returned as it came.
         limit: bound on the spectral norm of the generator, at most 0.5 for order 2 and 1 for the others.
-        order: 2, 4 or 8, see `cayley_truncated`.
+        order: 2, 3, 4 or 8, see `cayley_truncated`.
         seed: round bfloat16 results stochastically, see `stochastic_round`; None: to nearest.
 
     Returns:
@@ -205,7 +208,7 @@ def cayley_track(
     check.shaped(d, "d", op, b.shape[:-1], b)
     if residual is not None:
         check.shaped(residual, "residual", op, b.shape, b)
-    check.choice(order, "order", op, (2, 4, 8))
+    check.choice(order, "order", op, ORDERS)
     largest = 0.5 if order == 2 else 1
     if not 0 < limit <= largest:
         raise ValueError(f"{op}: `limit` must be in (0, {largest}] for order {order}, got {limit}")

@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spectral_ops.bench import gpu, kernels, tune
 from spectral_ops.bench.cases import CASES, OPERANDS, Work, fresh, judged, relative_error, unit
+from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.kernels.config import Config, choose_config
+from spectral_ops.optim import SpectralKron
 
 SOURCE = {"hardware": "a GPU", "threads": "1", "torch": "2", "date": "2026-11-21", "triton": "3", "driver": "5"}
 TIMING = kernels.Timing("gram", "kernel", 64, 64, 2, "bf16", 1.0, 2.0, 3.0, 4.0, 5.0, 0.6, True)
@@ -132,6 +136,63 @@ def test_moving_bits_are_found(monkeypatch):
     monkeypatch.setattr(type(CASES["gram"]), "run", lambda *_: 1 / 0)
     gpu.bits(found, math.inf, "cpu", [(6, 5, 2)])
     assert found.checks[-3].verdict == "ZeroDivisionError: division by zero" and not found.checks[-1].verdict
+
+
+class Recorder(TorchDispatchMode):
+    """Stands for a CUDA graph: replays the operations on the tensors of their first run, without the Python around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls.append((func, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, results in self.calls:
+                for old, new in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor):
+                        old.copy_(new)
+
+
+def recorded(step):
+    """A capture does nothing yet: what it changes here is put back."""
+    optimizer, recorder = step.__self__, Recorder()
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held += [x for state in optimizer.state.values() for x in state.values()]
+    before = [x.detach().clone() for x in held]
+    with recorder:
+        step()
+    with torch.no_grad():
+        for x, old in zip(held, before, strict=True):
+            x.copy_(old)
+    return recorder.replay
+
+
+def test_captured_steps_replay_bit_for_bit():
+    found = gpu.Findings()
+    gpu.captured_steps(found, math.inf, "cpu", recorded)
+    assert len(found.checks) == 2 * len(OPTIMIZERS) and not gpu.failures(found.checks), found.checks
+
+
+def test_captured_steps_that_keep_a_count_on_the_host_are_found(monkeypatch):
+    step = SpectralKron.step
+
+    def slowing(self, closure=None):
+        self.count = getattr(self, "count", 0) + 1
+        self.param_groups[0]["lr"] = torch.tensor(0.01 / self.count)
+        return step(self, closure)
+
+    monkeypatch.setattr(SpectralKron, "step", slowing)
+    monkeypatch.setattr(gpu, "OPTIMIZERS", {"SpectralKron": OPTIMIZERS["SpectralKron"]})
+    found = gpu.Findings()
+    gpu.captured_steps(found, math.inf, "cpu", recorded)
+    assert all(check.verdict.startswith("differs in a graph: 0.value") for check in found.checks)
+    assert gpu.failures(found.checks) == found.checks
 
 
 def test_a_nan_is_the_same_as_itself():

@@ -228,9 +228,9 @@ def test_track_mutants_are_caught(mutant, old, new):
 # --- Cayley chain -----------------------------------------------------------------------------------------------------
 
 
-def check_cayley(module, dtype=torch.float32, orders=(2, 4, 8), composition=None, assert_as_accurate=None) -> None:
+def check_cayley(module, dtype=torch.float32, orders=(2, 3, 4, 8), composition=None, assert_as_accurate=None) -> None:
     for order in orders:
-        for b, n, m in ((2, 20, 35), (1, 1, 2), (0, 3, 4)):
+        for b, n, m in ((2, 20, 35), (1, 1, 5), (0, 3, 4)):
             bases, generators = ([f(b, k, dtype) for k in (n, m)] for f in (orthogonal, skewed))
             residuals, d = [hollow(b, k, dtype) for k in (n, m)], [positive(b, k) for k in (n, m)]
             f = module.generator_map(bases, generators, order, limit=0.3, config=SMALL)
@@ -261,7 +261,7 @@ def check_cayley(module, dtype=torch.float32, orders=(2, 4, 8), composition=None
                     assert_as_accurate(got, composition(reference.cayley_update, *args), exact)
 
 
-@pytest.mark.parametrize("order", [2, 4, 8])
+@pytest.mark.parametrize("order", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_cayley(dtype, order, composition, assert_as_accurate):
     check_cayley(cayley, dtype, (order,), composition, assert_as_accurate)
@@ -272,14 +272,17 @@ def test_cayley(dtype, order, composition, assert_as_accurate):
     [
         (2, "SIGN * tiles.product", "tiles.product"),
         (2, "0.5 * (gram - identity)", "0.5 * (gram + identity)"),
-        (2, "store_both(f, even + odd, even - odd", "store_both(f, even + odd, even + odd"),
+        (2, "even + odd, even - odd", "even + odd, even + odd"),
         (2, "* dj[None, :]", "* dj[:, None]"),
         (2, "w += tiles.load_tile(b, i, j", "w += 0 * tiles.load_tile(b, i, j"),
         (2, "w = tl.where(o[:, None] > o[None, :], w, tl.trans(w))", "w = w"),
         (2, "        if i != j:\n            _move", "        if i == j:\n            _move"),
         (2, "tl.minimum(limit / tl.maximum(sigma, TINY), 1.0)", "1.0 + 0.0 * sigma"),
-        (4, "w *= s * s", "w *= s"),
-        (4, "x2 * QUARTIC_B, x * QUARTIC_A", "x2 * QUARTIC_A, x * QUARTIC_B"),
+        (3, "1.0 + 0.25 * turn * turn", "1.0"),
+        (3, "s * s * s * x3", "s * s * x3"),
+        (4, "else QUARTIC_A", "else QUARTIC_B"),
+        (4, "QUARTIC_B * (s * s) * (s * s)", "QUARTIC_B * (s * s)"),
+        (8, "x2 + odd, x2 - odd", "x2 + odd, x2 + odd"),
         (8, "+ s2 * x6", "- s2 * x6"),
     ],
 )  # fmt: skip

@@ -378,6 +378,17 @@ def test_tables_are_remembered_and_bounded(monkeypatch):
     assert update.table(("a",), lambda: [4], device).tolist() == [4]
 
 
+def test_a_captured_graph_keeps_its_tables_and_makes_none(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(update, "_tables", {((1, 2), device): (torch.ones(1), torch.zeros(1))})
+    monkeypatch.setattr(update, "_captured", [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    known = update.table((1, 2), lambda: [1], device)
+    assert update._captured[0][1] is known
+    with pytest.raises(RuntimeError, match="captures tensors that were not seen before"):
+        update.table((3, 4), lambda: [1], device)
+
+
 def test_a_learning_rate_elsewhere_goes_by_value():
     u, p = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, 4, device="meta", dtype=torch.bfloat16)
     for lr in (torch.tensor(0.1, dtype=torch.float64), torch.empty((), device="meta")):

@@ -165,7 +165,7 @@ def test_gram_track_is_the_papers_generator_for_separated_eigenvalues():
     assert_close(generator, beta / 2 * ops.gram_skew(x, d)[0], 1e-10)
 
 
-@pytest.mark.parametrize("order", [2, 4, 8])
+@pytest.mark.parametrize("order", [2, 3, 4, 8])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("norm", [0.1, 5.0])
 def test_cayley_track_formula(order, batch, norm):
@@ -180,6 +180,8 @@ def test_cayley_track_formula(order, batch, norm):
     eye, y = torch.eye(n), step * x
     c = (4 / (1 + (1 - 4 * (step[..., 0, 0] * bound) ** 2).sqrt()))[..., None, None]
     p = eye + 2 * y + c * y @ y if order == 2 else ops.cayley_truncated(y, order=order)
+    if order == 3:
+        p = p + ((step[..., 0, 0] * bound) ** 2 / 4)[..., None, None] * (y @ y @ y)
     p = p - 0.5 * (b.mT @ b - eye)
     t = p.mT @ (torch.diag_embed(d) + r) @ p
     assert_close(new_b, b @ p)
@@ -194,11 +196,14 @@ def test_cayley_track_without_residual_leaves_d():
     assert torch.equal(new_d, d) and new_r is None
     x2 = x @ x
     sigma2 = x2.norm() / math.sqrt(2)
-    p = torch.eye(5) + 2 * x + 4 / (1 + (1 - 4 * sigma2).sqrt()) * x2
+    p = torch.eye(5) + 2 * x + 2 * x2 + (1 + sigma2 / 4) * (x2 @ x)
     assert_close(new_b, b @ (p - 0.5 * (b.mT @ b - torch.eye(5))))
 
 
-@pytest.mark.parametrize("order,angle,grows", [(2, 59, False), (2, 61, True), (4, 59, False), (4, 61, True), (8, 59, False)])
+EDGE = [(order, angle, angle == 61) for order in (2, 3, 4) for angle in (59, 61)]
+
+
+@pytest.mark.parametrize("order,angle,grows", [*EDGE, (8, 59, False)])
 def test_turns_of_60_degrees_are_the_edge_of_stability(order, angle, grows):
     """`2 sin(θ/2)` is what an update does to the difference of a plane's two lengths (order 8 also shrinks both)."""
     low, high = 0.3, 0.5 if order == 2 else 0.9
@@ -214,6 +219,24 @@ def test_turns_of_60_degrees_are_the_edge_of_stability(order, angle, grows):
         s = torch.linalg.svdvals(b)
         defects.append((s[0] ** 2 - s[1] ** 2).item())
     assert (defects[-1] > defects[0]) == grows
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.3, 0.48])
+def test_order_3_keeps_lengths(limit):
+    """To `0.15 ‖X‖⁶`, over all planes from still to the fastest."""
+    x = torch.zeros(80, 80, dtype=torch.float64)
+    for i, size in enumerate(torch.linspace(0, 1, 39)):
+        x[2 * i, 2 * i + 1], x[2 * i + 1, 2 * i] = -size, size
+    bound = ((x @ x).norm() / math.sqrt(2)).sqrt()
+    x = x / bound * limit  # so that the bound is at the limit, and the planes lie under it
+    y = x * bound  # and here the fastest plane is at it
+    y2 = y @ y
+    p = torch.eye(80) + 2 * y + 2 * y2 + (1 + limit**2 / 4) * (y2 @ y)
+    departures = torch.linalg.eigvalsh(p @ p.mT - torch.eye(80)) / limit**6
+    assert -0.15 < departures[0] < -0.11 and departures[-1] < 0.13
+    assert limit < 0.48 or departures[-1] > 0.11
+    turned = ops.cayley_track(torch.eye(80, dtype=torch.float64), 100 * x, torch.ones(80).double(), limit=limit, order=3)[0]
+    assert torch.linalg.matrix_norm(turned @ turned.mT - torch.eye(80), 2) < 0.15 * limit**6
 
 
 # --- Cayley -----------------------------------------------------------------------------------------------------------
@@ -234,6 +257,7 @@ def test_truncated_maps_are_the_stated_polynomials():
     x3, x4 = x2 @ x, x2 @ x2
     a, b = 4 - 2 * math.sqrt(2), 6 - 4 * math.sqrt(2)
     assert_close(ops.cayley_truncated(x, order=2), eye + 2 * x + 2 * x2)
+    assert_close(ops.cayley_truncated(x, order=3), eye + 2 * x + 2 * x2 + x3)
     assert_close(ops.cayley_truncated(x, order=4), eye + 2 * x + 2 * x2 + a * x3 + b * x4)
     want = (eye + x) @ (eye + x) @ (eye + x2) @ (eye + x4)
     assert_close(ops.cayley_truncated(x), want)
@@ -244,7 +268,7 @@ def test_truncated_maps_are_the_stated_polynomials():
 
 
 @pytest.mark.parametrize(
-    "order,defect", [(2, 4 * 0.6**4), (4, (6 - 4 * math.sqrt(2)) ** 2 * 0.6**8), (8, 1 - (1 - 0.6**8) ** 2)]
+    "order,defect", [(2, 4 * 0.6**4), (3, 0.6**6), (4, (6 - 4 * math.sqrt(2)) ** 2 * 0.6**8), (8, 1 - (1 - 0.6**8) ** 2)]
 )
 def test_orthogonality_defects_are_as_documented(order, defect):
     p = ops.cayley_truncated(skew(2, 10, norm=0.6), order=order)
@@ -252,7 +276,7 @@ def test_orthogonality_defects_are_as_documented(order, defect):
     assert_close(got, torch.full((2,), defect, dtype=torch.float64), 1e-10)
 
 
-@pytest.mark.parametrize("order", [2, 4, 8])
+@pytest.mark.parametrize("order", [2, 3, 4, 8])
 def test_truncated_maps_approach_the_cayley_map(order):
     x = skew(6, norm=1.0)
     errors = [(ops.cayley_truncated(h * x, order=order) - ops.cayley(h * x)).norm().item() for h in (0.1, 0.05)]
@@ -260,7 +284,7 @@ def test_truncated_maps_approach_the_cayley_map(order):
     assert abs(power - (8 if order == 8 else 3)) < 0.1
 
 
-@pytest.mark.parametrize("order", [2, 4, 8])
+@pytest.mark.parametrize("order", [2, 3, 4, 8])
 @pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_cayley_update_formula(order, correct, batch):
@@ -499,7 +523,7 @@ def test_wrong_types_are_named(name):
         (lambda x, d: ops.gram(x, beta=1.0), r"gram: `beta` is 1.0 but there is no `c`"),
         (lambda x, d: ops.skew_generator(x, d), r"skew_generator: `w` must have shape \(..., n, n\), got \(2, 6, 9\)"),
         (lambda x, d: ops.gram_skew(x, d, tol=-1.0), r"gram_skew: `tol` must be at least 0, got -1.0"),
-        (lambda x, d: ops.cayley_truncated(x[..., :6], order=3), r"`order` must be one of 2, 4, 8, got 3"),
+        (lambda x, d: ops.cayley_truncated(x[..., :6], order=5), r"`order` must be one of 2, 3, 4, 8, got 5"),
         (lambda x, d: ops.cayley_update(x[..., :6], x), r"`x` must have shape \(2, 6, 6\), got \(2, 6, 9\)"),
         (
             lambda x, d: ops.cayley_update(x[..., :6], x[..., :6], rounding="up"),
@@ -507,7 +531,7 @@ def test_wrong_types_are_named(name):
         ),
         (lambda x, d: ops.cayley_update(x[..., :6], x[..., :6], d), r"`step` must be a number or have shape \(2,\)"),
         (
-            lambda x, d: ops.cayley_track(x[..., :6], x[..., :6], d, limit=1.5),
+            lambda x, d: ops.cayley_track(x[..., :6], x[..., :6], d, limit=1.5, order=2),
             r"`limit` must be in \(0, 0.5\] for order 2, got 1.5",
         ),
         (lambda x, d: ops.apply_root(x, None, d, None, d, 1.0, 2.0), r"`d_k` must have shape \(2, 9\), got \(2, 6\)"),
