@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from spectral_ops.optim import SpectralKron
 from spectral_ops.reference import add_diagonal
 
 DEFECT = 0.005  # ‖BᵀB − I‖_F / √n; rounding an orthogonal matrix once gives 0.0033 to 0.0037, the smaller the matrix the more
-ERROR = 0.1  # ‖S − S'‖_F / ‖S'‖_F, S' of float32
+ERROR = 0.1  # ‖S − S'‖_F / ‖S'‖_F, S' of float32 from the same state, MEMORIES averages ago
+MEMORIES = 3  # of 1 / (1 − β) steps: what was before has a weight of 5 %
 GROWTH = 8e6  # bytes of resident memory after the warm-up: less than a kilobyte leaked in every step
-RECORDS, WARMUP = 200, 0.1  # records in a run, and the share of it before memory must be flat
-SHAPES: tuple[tuple[int, ...], ...] = ((48, 32), (33, 64), (3, 20, 12))
+RECORDS, WARMUP = 100, 0.1  # records in a run, and the share of it before memory must be flat
+SHAPES: tuple[tuple[int, ...], ...] = ((48, 32), (33, 64), (3, 24, 32))
 DRIFT, JUMP, WIDTH, MEMORY = 0.02, 1 / 500, 0.5, 0.999  # see Curvature
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A run of the optimizer, and the name of the one whose estimate its own is compared with."""
+    """A run of the optimizer, and the name of the one whose estimate its own is told apart from."""
 
     reference: str
     dtype: torch.dtype = torch.float32
@@ -40,29 +41,38 @@ class Variant:
     noise: float = 0.0  # relative, in the gradients
     judged: bool = True  # by its defect and its error; what it holds must be finite and flat in any case
 
+    @property
+    def memory(self) -> int:
+        return math.ceil(MEMORIES / (1 - self.options.get("betas", (0.0, 0.5))[1]))
+
 
 BF16, LONG = {"preconditioner_dtype": torch.bfloat16}, {"betas": (0.9, 0.95)}
-# The disturbed runs tell what a comparison is worth: how far apart two in float32 are whose gradients differ by a last bit.
+# The weights of one side's average are the other's eigenvalues, in bases that lag behind: a chaotic system. The disturbed run
+# shows how far two in float32 part whose gradients differ by a last bit: that is what runs of different dtypes part anyway.
+# So what bfloat16 does to an estimate is told from a twin in float32 that starts from the same state.
 VARIANTS = {
     "fp32": Variant("fp32", judged=False),
     "fp32 disturbed": Variant("fp32", noise=1e-6, judged=False),
     "bf16 factors": Variant("fp32", options=BF16),
     "all bf16": Variant("fp32", torch.bfloat16),
     "fp32 long": Variant("fp32 long", options=LONG, judged=False),
-    "fp32 long, disturbed": Variant("fp32 long", options=LONG, noise=1e-6, judged=False),
     "bf16 factors, long": Variant("fp32 long", options=BF16 | LONG),
 }
 
 
 @dataclass(frozen=True)
 class Record:
-    """Of one shape in one variant; memory is that of all variants, or of the process."""
+    """Of one shape in one variant; memory is that of all variants, or of the process.
+
+    `error` is the estimate's against the twin's in float32, `apart` against the run in float32 from the first step on.
+    """
 
     step: int
     variant: str
     shape: str
     defect: float
     error: float
+    apart: float
     finite: bool
     state_bytes: int
     tensors: int
@@ -104,6 +114,16 @@ class Trial:
         self.variant, self.seconds = variant, 0.0
         self.parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=variant.dtype)) for shape in SHAPES]
         self.optimizer = SpectralKron(self.parameters, **variant.options)
+        self.twin: Trial | None = None
+
+    def part(self) -> None:
+        """Let a twin go on from here in float32."""
+        state = self.optimizer.state_dict()
+        options = {"preconditioner_dtype": "float32"}
+        self.twin = Trial(replace(self.variant, dtype=torch.float32, options=self.variant.options | options, judged=False))
+        # A checkpoint takes the dtypes of the optimizer that its groups describe.
+        state["param_groups"] = [group | options for group in state["param_groups"]]
+        self.twin.optimizer.load_state_dict(state)
 
     def step(self, gradients: list[Tensor]) -> None:
         for p, g in zip(self.parameters, gradients, strict=True):
@@ -111,6 +131,8 @@ class Trial:
         start = time.perf_counter()
         self.optimizer.step()
         self.seconds += time.perf_counter() - start
+        if self.twin:  # on the same gradients, rounded to the same dtype
+            self.twin.step([p.grad.float() for p in self.parameters if p.grad is not None])
 
 
 def orthogonality_defect(state: dict[str, Tensor]) -> float:
@@ -152,6 +174,8 @@ def soak(trials: dict[str, Trial], steps: int) -> Iterator[Record]:
         gradients = [source.gradient() for source in sources]
         for trial in trials.values():
             trial.step(gradients)
+            if trial.variant.judged and (step + min(trial.variant.memory, every - 1)) % every == 0:
+                trial.part()
         if step % every == 0:
             yield from measure(trials, step)
 
@@ -160,12 +184,14 @@ def measure(trials: dict[str, Trial], step: int) -> Iterator[Record]:
     held = sum(state_bytes(trial.optimizer) for trial in trials.values())
     tensors, resident = process_memory()
     for name, trial in trials.items():
-        known = trials[trial.variant.reference]
-        for p, q in zip(trial.parameters, known.parameters, strict=True):
+        others = [trial.twin or trial, trials[trial.variant.reference]]
+        for i, p in enumerate(trial.parameters):
             state = trial.optimizer.state[p]
-            defect, error = orthogonality_defect(state), estimate_error(state, known.optimizer.state[q])
+            error, apart = (estimate_error(state, other.optimizer.state[other.parameters[i]]) for other in others)
             finite = all(bool(x.isfinite().all()) for x in (p, *state.values()))
-            yield Record(step, name, "x".join(map(str, p.shape)), defect, error, finite, held, tensors, resident)
+            shape = "x".join(map(str, p.shape))
+            yield Record(step, name, shape, orthogonality_defect(state), error, apart, finite, held, tensors, resident)
+        trial.twin = None
 
 
 def broken(records: list[Record]) -> list[str]:
@@ -194,27 +220,28 @@ def _after_warmup(records: list[Record]) -> list[Record]:
 
 
 def summary(records: list[Record], speeds: dict[str, float]) -> str:
-    rows = [["variant", "shape", "defect", "worst", "error", "worst", "steps/s"]]  # all shapes make a step
+    rows = [["variant", "shape", "defect", "worst", "error", "worst", "apart", "worst", "steps/s"]]  # all shapes make a step
     for name, shape in {(r.variant, r.shape): None for r in records}:
         mine = [r for r in records if (r.variant, r.shape) == (name, shape)]
-        cells = [f(getattr(r, key) for r in mine) for key in ("defect", "error") for f in (statistics.median, max)]
+        cells = [f(getattr(r, key) for r in mine) for key in ("defect", "error", "apart") for f in (statistics.median, max)]
         rows.append([name, shape, *(f"{x:.4f}" for x in cells), f"{speeds[name]:.0f}"])
     memory = [
         f"step {r.step}: {r.resident / 1e6:.1f} MB resident, {r.tensors} tensors, {r.state_bytes / 1e3:.1f} kB of state"
         for r in (records[0], _after_warmup(records)[0], records[-1])
     ]
-    return "\n".join([report.table(rows), "defect, error: median over the run, and worst", *memory])
+    words = "defect, error (from a twin in float32), apart (from the run in float32): median over the run, and worst"
+    return "\n".join([report.table(rows), words, *memory])
 
 
 def plot(path: Path, records: list[Record], title: str) -> None:
-    """Defect and error against steps, a column for each shape and a line for each variant."""
+    """Defect and errors against steps, a column for each shape and a line for each variant."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shapes = list({r.shape: None for r in records})
-    figure = Figure(figsize=(4.5 * len(shapes), 7), layout="constrained")
-    panels = figure.subplots(2, len(shapes), sharex=True, sharey="row", squeeze=False)
-    for i, (key, limit) in enumerate((("defect", DEFECT), ("error", ERROR))):
+    figure = Figure(figsize=(4.5 * len(shapes), 10), layout="constrained")
+    panels = figure.subplots(3, len(shapes), sharex=True, sharey="row", squeeze=False)
+    for i, (key, limit) in enumerate((("defect", DEFECT), ("error", ERROR), ("apart", ERROR))):
         for panel, shape in zip(panels[i], shapes, strict=True):
             for name in VARIANTS:
                 points = [(r.step, getattr(r, key) or math.nan) for r in records if (r.variant, r.shape) == (name, shape)]

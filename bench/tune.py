@@ -31,7 +31,7 @@ SOURCES = {
     "even": "cayley_track_8", "finish_map": "cayley_track_8", "cayley": "cayley_update", "root": "apply_root",
     "factor": "factor_update",
 }  # fmt: skip
-KERNELS = {"map_long": "map"}  # of order 8; the other names are the kernels' own
+KERNELS = {"map_long": "map"}  # of orders 4 and 8; the other names are the kernels' own
 # Whole operations, which leave it to PyTorch where the plain composition is faster than all of their kernels.
 WHOLE = ("gram", "gram_skew", "track", "cayley", "root", "factor")
 KINDS = {"bf16": "16", "split": "split", "fp32": "ieee", "fp32 high": "bf16x3", "fp32 medium": "tf32"}  # as tables say it

@@ -88,14 +88,19 @@ def _map(
     matrix, right, t, size = _side(count0, count1, n, m)
     i, j = tiles.triangle(t)
     start = matrix * size * size
-    if CORRECT:
-        b = tl.where(right, b1, b0) + start
-        gram = tiles.product(b, 1, size, b, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)  # [BLOCK, BLOCK]
+    px, px2 = tl.where(right, x1, x0) + start, tl.where(right, x2_1, x2_0) + start
     if step is None:
         s, turn = _limited(squares, parts0, parts1, matrix, right, limit)
     else:
         s, turn = tl.load(step + matrix), 0.0
-    px, px2 = tl.where(right, x1, x0) + start, tl.where(right, x2_1, x2_0) + start
+    # Symmetric products are added up in one accumulator and skew ones in another, [BLOCK, BLOCK]: registers are short.
+    symmetric = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if ORDER == 4:
+        x4 = tiles.product(px2, size, 1, px2, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
+        symmetric = (-2.0 * QUARTIC_B) * (s * s) * (s * s) * x4
+    if CORRECT:
+        b = tl.where(right, b1, b0) + start
+        symmetric = tiles.product(b, 1, size, b, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION, symmetric)
     x2 = s * s * tiles.load_tile(px2, i, j, size, size, BLOCK, BLOCK)
     if ORDER == 2:
         even = 4.0 / (1.0 + tl.sqrt(tl.maximum(1.0 - 4.0 * turn * turn, 0.0))) * x2
@@ -106,13 +111,12 @@ def _map(
     if CORRECT:
         o = tl.arange(0, BLOCK)
         identity = ((o[:, None] == o[None, :]) & (i == j)).to(tl.float32)
-        even -= 0.5 * (gram - identity)
-    if ORDER == 4:
-        x4 = tiles.product(px2, size, 1, px2, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
-        even += QUARTIC_B * (s * s) * (s * s) * x4
-    odd = 2.0 * s * tiles.load_tile(px, i, j, size, size, BLOCK, BLOCK)
+        symmetric -= identity
+    even -= 0.5 * symmetric
     if ORDER == 3 or ORDER == 4:
         x3 = tiles.product(px2, size, 1, px, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
+    odd = 2.0 * s * tiles.load_tile(px, i, j, size, size, BLOCK, BLOCK)
+    if ORDER == 3 or ORDER == 4:
         odd += (1.0 + 0.25 * turn * turn if ORDER == 3 else QUARTIC_A) * s * s * s * x3
     if usable is not None:
         ok = tl.load(usable + matrix) != 0
@@ -296,7 +300,7 @@ def generator_map(
     f = grid.empty()
     h = grid.empty() if order == 8 else f
     launch(
-        _map, **grid.lower("map_long" if order == 8 else "map"), **sides("b", b), **sides("x", x), **sides("x2_", x2),
+        _map, **grid.lower("map" if order < 4 else "map_long"), **sides("b", b), **sides("x", x), **sides("x2_", x2),
         **sides("e", e), **sides("f", f), **sides("h", h), **scale, usable=usable, ORDER=order, CORRECT=correct,
     )  # fmt: skip
     if order != 8:

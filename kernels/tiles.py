@@ -40,14 +40,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def product(
     a, a_row, a_col, b, b_row, b_col, i, j, n, m, k,
-    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, acc=None,
 ):  # fmt: skip
-    """Tile `(i, j)` of `A B`, for `A` of `n × k` and `B` of `k × m`. Pointers are to the matrices' first elements."""
+    """Tile `(i, j)` of `A B`, for `A` of `n × k` and `B` of `k × m`, on top of `acc` where that is given. Pointers are to the
+    matrices' first elements."""
     oi, oj, ok = tl.arange(0, BI), tl.arange(0, BJ), tl.arange(0, BK)
     mi, mj = oi < n - i * BI, oj < m - j * BJ
     pa = a + (i * BI).to(tl.int64) * a_row + (oi[:, None] * a_row + ok[None, :] * a_col)  # [BI, BK]
     pb = b + (j * BJ).to(tl.int64) * b_col + (ok[:, None] * b_row + oj[None, :] * b_col)  # [BK, BJ]
-    acc = tl.zeros((BI, BJ), tl.float32)
+    if acc is None:
+        acc = tl.zeros((BI, BJ), tl.float32)
     for start in range(0, k, BK):
         mk = ok < k - start
         ta = tl.load(pa, mask=mi[:, None] & mk[None, :], other=0.0)

@@ -16,7 +16,7 @@ from spectral_ops.bench import soak
 from spectral_ops.bench.soak import Record, Trial, Variant, broken
 
 GOOD = [
-    Record(step, name, shape, 0.004, 0.05, True, 1000, 100, 1e8)
+    Record(step, name, shape, 0.004, 0.05, 0.2, True, 1000, 100, 1e8)
     for step in range(10, 210, 10)
     for name in soak.VARIANTS
     for shape in ("48x32", "33x64")
@@ -32,7 +32,7 @@ def _denormals() -> Iterator[None]:
 @pytest.fixture
 def run_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
     """Settings under which every limit holds."""
-    options = soak.LONG | {"cayley_order": 4}
+    options = soak.LONG
     bf16 = Variant("fp32", options=options | soak.BF16)
     monkeypatch.setattr(soak, "VARIANTS", {"fp32": Variant("fp32", options=options, judged=False), "bf16": bf16})
     monkeypatch.setattr(soak, "SHAPES", ((24, 33), (2, 32, 24)))
@@ -72,12 +72,35 @@ def test_soak_writes_what_it_measured(run_small: Callable[[int], Path], capsys: 
         assert (out / "soak.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.xfail(raises=pytest.fail.Exception, strict=True, reason="maps of order 2 leave a defect of 0.03, in float32 too")
 def test_the_default_options_stay_within_the_limits(tmp_path: Path) -> None:
-    try:
-        soak.main(["--steps", "30", "--out", str(tmp_path)])
-    except SystemExit as stop:
-        pytest.fail(str(stop))
+    soak.main(["--steps", "100", "--out", str(tmp_path)])
+
+
+def test_maps_of_order_2_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They shorten slow planes, in float32 too."""
+    variants = {"fp32": Variant("fp32", judged=False), "order 2": Variant("fp32", options={"cayley_order": 2})}
+    monkeypatch.setattr(soak, "VARIANTS", variants)
+    with pytest.raises(SystemExit, match=r"The orthogonality defect reached 0.0[23]"):
+        soak.main(["--steps", "40", "--out", str(tmp_path)])
+
+
+def test_a_twin_goes_on_from_the_same_state_in_float32() -> None:
+    trial = Trial(Variant("", torch.bfloat16))
+    gradients = [torch.randn(shape) for shape in soak.SHAPES]
+    trial.step(gradients)
+    trial.part()
+    assert trial.twin
+    for p, q in zip(trial.parameters, trial.twin.parameters, strict=True):
+        mine, its = trial.optimizer.state[p], trial.twin.optimizer.state[q]
+        assert mine["basis_left"].dtype == torch.bfloat16 and its["basis_left"].dtype == torch.float32
+        assert soak.estimate_error(mine, its) == 0
+    for _ in range(5):
+        trial.step(gradients)
+    errors = [
+        soak.estimate_error(trial.optimizer.state[p], trial.twin.optimizer.state[q])
+        for p, q in zip(trial.parameters, trial.twin.parameters, strict=True)
+    ]
+    assert all(0 < error < 0.05 for error in errors)
 
 
 def without_correction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +139,7 @@ def with_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
         (without_correction, r"^The orthogonality defect reached 0\.\d+ \(bf16, .*, step \d+\): over 0.005 in"),
         (with_truncation, r"^The orthogonality defect reached 0\.\d+ \(bf16, .*, step \d+\): over 0.005 in"),
         (with_a_basis_that_turns_alone, r"^The error of the estimate reached \d+\.\d+ \(bf16, .*, step \d+\): over 0.1 in"),
-        (with_a_leak, r"^Memory grows: \d+ tensors in step 10, \d+ tensors in step 40\."),
+        (with_a_leak, r"^Memory grows: [\d,]+ tensors in step 10, [\d,]+ tensors in step 40\."),
     ],
 )
 def test_damage_shows(
