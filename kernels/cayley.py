@@ -18,6 +18,7 @@ from spectral_ops.kernels.config import Config
 from spectral_ops.kernels.launch import Sides, cdiv, launch, lower_tiles, pick, precision, sides
 
 QUARTIC_A, QUARTIC_B = tl.constexpr(4 - 2 * math.sqrt(2)), tl.constexpr(6 - 4 * math.sqrt(2))
+LOST = tl.constexpr(1e-3)  # as in `reference.LOST`
 ROOT_HALF, TINY = tl.constexpr(math.sqrt(0.5)), tl.constexpr(1.1754943508222875e-38)
 
 
@@ -198,13 +199,15 @@ def _conjugate(
     dj = tiles.load_vector(diag, j, size, BLOCK)
     w += tl.trans(tiles.load_tile(f, j, i, size, size, BLOCK, BLOCK)) * dj[None, :]
     o = tl.arange(0, BLOCK)
+    r = tl.where(right, r1, r0) + start
     if i == j:
         new = dj + tl.sum(tl.where(o[:, None] == o[None, :], w, 0.0), 1)
+        if r.dtype.element_ty == tl.bfloat16:
+            new = tl.where(new > dj * LOST, new, dj)
         if floor is not None:
             new = tl.maximum(new, tl.load(floor + 2 * matrix + right.to(tl.int32)))
         tl.store(tl.where(right, d1, d0) + matrix * size + i * BLOCK + o, new, mask=o < size - i * BLOCK)
         w = tl.where(o[:, None] > o[None, :], w, 0.0)  # as zeros, so that stochastic rounding keeps them
-    r = tl.where(right, r1, r0) + start
     if seed0 is None or r.dtype.element_ty != tl.bfloat16:
         w = tiles.rounded(w, r.dtype.element_ty, None)
     else:

@@ -136,12 +136,17 @@ def cayley_track(
     t = p.mT @ (t @ p)
     t = 0.5 * (t + t.mT)
     d_new = t.diagonal(dim1=-2, dim2=-1).clone()
+    if residual.dtype == torch.bfloat16:
+        d_new = torch.where(d_new > LOST * d, d_new, d.to(d_new.dtype))
     t.diagonal(dim1=-2, dim2=-1).zero_()
     t = rounded(t, residual.dtype, None if seed is None else ~seed)
     # The two halves are rounded by different random bits: the lower one counts.
     return b_new, d_new, t if seed is None else t.tril(-1) + t.tril(-1).mT
 
 
+# A bfloat16 residual makes `T` a little indefinite, and a turn finds that: an eigenvalue of which so little is left is error of
+# rounding. It keeps its value, since its inverse would weigh on the other side for as long as the average remembers.
+LOST = 1e-3
 RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 NEGLIGIBLE = 1e-30  # mean square of a gradient: what is divided by less, and by an eigenvalue, overflows
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet

@@ -191,7 +191,8 @@ def cayley_track(
         b: `(..., n, n)`, orthogonal up to rounding.
         x: `(..., n, n)`, skew-symmetric.
         d: `(..., n)`, the diagonal of `T`.
-        residual: the off-diagonal part of `T`; None: only `b` is rotated and `d` returned as it came.
+        residual: the off-diagonal part of `T`; None: only `b` is rotated and `d` returned as it came. If it is bfloat16, an
+            entry of `d` of which less than a thousandth would remain, which is under its rounding error, is kept.
         limit: bound on the spectral norm of the generator, at most 0.5 for order 2 and 1 for the others.
         order: 2, 3, 4 or 8, see `cayley_truncated`.
         seed: round bfloat16 results stochastically, see `stochastic_round`; None: to nearest.

@@ -291,6 +291,28 @@ def test_cayley_mutants_are_caught(mutant, order, old, new):
         check_cayley(mutant(cayley, old, new), orders=(order,))
 
 
+def check_lost(module) -> None:
+    """A turn that extinguishes an eigenvalue: bfloat16 keeps it, float32 follows."""
+    generator = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]) * 0.45
+    for dtype in DTYPES[:2]:
+        base, d = torch.eye(2, dtype=dtype)[None], torch.ones(1, 2)
+        residual, g = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=dtype), generator.to(dtype)
+        f = module.generator_map((base, None), (g, None), 8, limit=0.9, config=SMALL)
+        _, v = module.turn((base, None), f, residual=(residual, None), diag=(d, None), config=SMALL)
+        new_d = torch.empty(1, 2)
+        module.conjugate(f, v, (d, None), (new_d, None), (residual.clone(), None), config=SMALL)
+        want = reference.cayley_track(base, g, d, residual, 0.9, 8, None)[1]
+        torch.testing.assert_close(new_d, want, rtol=0.02, atol=0.02)
+        assert (new_d.min() == 1) == (dtype == torch.bfloat16)
+
+
+def test_lost_eigenvalues(mutant):
+    check_lost(cayley)
+    for old, new in (("new > dj * LOST", "new > -9.0"), ("if r.dtype.element_ty == tl.bfloat16:", "if 1 == 1:")):
+        with pytest.raises(AssertionError):
+            check_lost(mutant(cayley, old, new))
+
+
 def test_cayley_integers():
     """Every product of the chain bit for bit: `X²`, `BᵀB`, `B F`, `R F` and `Fᵀ V` of small integers, with unit steps."""
     b, n = 2, 21

@@ -190,6 +190,16 @@ def test_cayley_track_formula(order, batch, norm):
     assert torch.equal(new_r, new_r.mT)
 
 
+def test_eigenvalues_that_rounding_extinguishes_are_kept():
+    """A turn by 45° of `[[1, 1], [1, 1]]` leaves eigenvalues 2 and 0, and of `[[1, 0.9], …]` 1.9 and 0.1."""
+    x = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) * math.tan(math.pi / 8)
+    b, d = torch.eye(2), torch.ones(2)
+    for off, dtype, least in ((1.0, torch.float32, 0.0), (1.0, torch.bfloat16, 1.0), (0.9, torch.bfloat16, 0.1)):
+        r = torch.tensor([[0.0, off], [off, 0.0]], dtype=dtype)
+        new = ops.cayley_track(b.to(dtype), x, d, residual=r, order=8, limit=0.9)[1]
+        assert abs(new.min() - least) < 0.01 and new.max() > 1.8
+
+
 def test_cayley_track_without_residual_leaves_d():
     b, x, d = orthogonal(5), skew(5, norm=0.2), positive(5)
     new_b, new_d, new_r = ops.cayley_track(b, x, d)
