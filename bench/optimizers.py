@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from spectral_ops.optim import SpectralKron
+from spectral_ops.optim._engine import MatrixOptimizer
 
-Build = Callable[..., Optimizer]  # of parameters, or groups of them, and options
+Build = Callable[..., MatrixOptimizer]  # of parameters, or groups of them, and options
 
 
-def _elementwise(params: Any, **options: Any) -> Optimizer:
+def _elementwise(params: Any, **options: Any) -> MatrixOptimizer:
     """The AdamW inside the matrix optimizers, for every parameter."""
     if isinstance(params, torch.Tensor):
         return SpectralKron(params, **options)  # which is an error
@@ -21,7 +21,7 @@ def _elementwise(params: Any, **options: Any) -> Optimizer:
     return SpectralKron([group | {"algorithm": "adamw"} for group in groups], **options)
 
 
-def _with(optimizer: type[Optimizer], **fixed: Any) -> Build:
+def _with(optimizer: type[MatrixOptimizer], **fixed: Any) -> Build:
     return lambda params, **options: optimizer(params, **(fixed | options))
 
 

@@ -277,7 +277,7 @@ class MatrixOptimizer(Optimizer):
         table that was made before, and gradients may move."""
         for p in params:
             if p not in self._buffers:
-                self._buffers[p] = torch.empty_like(p.grad, memory_format=torch.contiguous_format)
+                self._buffers[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
         buffers = [self._buffers[p] for p in params]
         torch._foreach_copy_(buffers, [p.grad for p in params])  # type: ignore[misc]
         return buffers

@@ -299,10 +299,10 @@ def _factor_dtype(group: Group, p: Tensor) -> torch.dtype:
     chosen = group["preconditioner_dtype"]
     if chosen is None:
         return torch.float32 if p.dtype == torch.float16 else p.dtype
-    return FACTOR_DTYPES.get(chosen, chosen)
+    return FACTOR_DTYPES[str(chosen).removeprefix("torch.")]  # a group that was changed may hold the dtype itself
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _stream(seed: int, index: int, start: int) -> int:
     """The first seed of a piece's random bits: the same in every process, whatever else is in the batch."""
     name = f"{seed}/{index}/{start}".encode()

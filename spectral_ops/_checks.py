@@ -80,8 +80,9 @@ def counter(value: object, name: str, op: str, like: Tensor, dtype: torch.dtype,
     size = len(like) if size is None else size
     if isinstance(value, Tensor) and (value.dtype, value.numel(), value.device) == (dtype, size, like.device):
         return
-    is_tensor = isinstance(value, Tensor)
-    got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if is_tensor else type(value).__name__
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     raise ValueError(f"{op}: `{name}` must hold {size} {dtype} on {like.device}, got {got}")
 
 

@@ -292,11 +292,11 @@ def test_cayley_mutants_are_caught(mutant, order, old, new):
 
 
 def check_lost(module) -> None:
-    """A turn that extinguishes an eigenvalue: bfloat16 keeps it, float32 follows."""
-    generator = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]) * 0.45
+    """A turn that makes an eigenvalue negative: with a bfloat16 residual it stays, float32 follows."""
+    generator = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]) * 0.4142  # tan 22.5°
     for dtype in DTYPES[:2]:
         base, d = torch.eye(2, dtype=dtype)[None], torch.ones(1, 2)
-        residual, g = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=dtype), generator.to(dtype)
+        residual, g = torch.tensor([[[0.0, 1.05], [1.05, 0.0]]], dtype=dtype), generator.to(dtype)
         f = module.generator_map((base, None), (g, None), 8, limit=0.9, config=SMALL)
         _, v = module.turn((base, None), f, residual=(residual, None), diag=(d, None), config=SMALL)
         new_d = torch.empty(1, 2)
