@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import spectral_ops as ops
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._checkpoint import Loading
-from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares
+from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares, spread
 from spectral_ops.optim._routing import elementwise_name
 from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
@@ -181,9 +181,7 @@ class MatrixOptimizer(Optimizer):
             schedule, joint = self._schedule(number, group), shares(classes)
             for key, members, g in gathered(classes):
                 due = schedule.rows(members, group["step"]) if schedule else None
-                if any(piece.index in joint for piece in members):
-                    none = g.new_zeros(())
-                    g += block(torch.cat([joint.get(piece.index, none).to(g.dtype).expand(piece.count) for piece in members]))
+                spread(joint, members, g)
                 self._step_batch(group, key, members, g, due)
         self._step_adamw([(group, params) for group, _, params in work])
         return loss

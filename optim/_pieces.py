@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_ops.reference import accumulation_dtype
+from spectral_ops.reference import accumulation_dtype, block
 
 Group = dict[str, Any]
 
@@ -101,6 +101,13 @@ def shares(classes: dict[Any, list[Piece]]) -> dict[int, Tensor]:
         norms = torch._foreach_norm([g for _, g in mine], 2, accumulation_dtype(dtype))
         numbers |= {index: norm.square() * 0 for (index, _), norm in zip(mine, norms, strict=True)}
     return numbers
+
+
+def spread(numbers: dict[int, Tensor], members: list[Piece], g: Tensor) -> None:
+    """Add them to the gradients `(b, n, m)` of a class, in place."""
+    if any(piece.index in numbers for piece in members):
+        none = g.new_zeros(())
+        g += block(torch.cat([numbers.get(piece.index, none).to(g.dtype).expand(piece.count) for piece in members]))
 
 
 def name_of(group: Group, i: int) -> str:

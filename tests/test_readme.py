@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectral_ops.bench.faults import FAULTS
 from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.bench.tasks import Text
 from spectral_ops.optim import param_groups
@@ -46,6 +47,11 @@ def test_the_state_formulas(name, dtype, formula, n, m):
     optimizer.step()
     size = sum(v.numel() * v.element_size() for v in optimizer.state[p].values())
     assert size == eval(formula.replace("n*n", "0") if n == 1 else formula, {"n": n, "m": m})
+
+
+def test_the_number_of_faults():
+    count = f"{len(OPTIMIZERS) * len(FAULTS)} cases: {len(OPTIMIZERS)} kinds of optimizer x {len(FAULTS)} faults"
+    assert count in README
 
 
 def test_every_optimizer_has_a_formula():
