@@ -21,6 +21,8 @@ def launched_flops(item: Launch) -> int:
         batch = item.programs / (a["count0"] + a["count1"])
         sides = (a["m"], a["n"]) if item.name == "track" else (a["n"], a["m"])
         loops = batch * sum(a[f"count{side}"] * cdiv(size, tile.k) for side, size in enumerate(sides))
+        if item.name == "map":  # `BᵀB`, and powers of the generator
+            loops *= a["CORRECT"] + {3: 1, 4: 2}.get(a["ORDER"], 0)
     else:
         loops = 0
     return int(loops * 2 * tile.block**2 * tile.k)

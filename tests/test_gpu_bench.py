@@ -293,7 +293,7 @@ def made_up(best: dict[int, Config], plain: float = 9.0) -> tune.Timer:
 
     def seconds(op, operands, n, batch, config):
         config = replace(config)
-        kernels_of = {"gram": ["gram"], "cayley_update": ["square", "turn"], "cayley_track_2": ["square", "turn"]}[op]
+        kernels_of = {"gram": ["gram"], "cayley_update": ["square", "turn"], "cayley_track_3": ["square", "turn"]}[op]
         return dict.fromkeys(kernels_of, 1.0 if config == best[n] else 2.0)
 
     return tune.Timer(seconds, lambda op, operands, n, batch: plain)
