@@ -72,6 +72,34 @@ def test_launches_do_not_grow_with_layers():
     assert sorted(launches(1)) == sorted(launches(5))
 
 
+class Reads(Counter):
+    """Values that the host asks for, also inside the ops."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        if func.namespace != "spectral_ops" and name in ("item", "_local_scalar_dense", "nonzero", "equal"):
+            self.names.append(name)
+        elif func.namespace == "spectral_ops":
+            with self:
+                return KERNELS[name](*args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
+def test_a_step_with_kernels_reads_no_value_on_the_host(lr):
+    model = GPT(2)
+    optimizer = SpectralKron(param_groups(model, lr=lr), capturable=True)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        with Reads() as reads, recording(run=False):
+            optimizer.step()
+        assert not reads.names
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert reads.names
+
+
 def test_steps_between_factor_updates_launch_less():
     model = nn.Linear(8, 6, bias=False)
     optimizer = SpectralKron(model.parameters(), update_interval=2)
