@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 import spectral_ops as ops
 from spectral_ops.optim import _options as check
-from spectral_ops.optim._checkpoint import Loading
+from spectral_ops.optim._checkpoint import ADDED_LATER, Loading
 from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares, spread
 from spectral_ops.optim._routing import elementwise_name
 from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
 
 ALGORITHMS = (None, "matrix", "adamw")
+ADAMW_STATE = ("step", "skipped", "exp_avg", "exp_avg_sq")
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
 
 
@@ -334,12 +335,9 @@ class MatrixOptimizer(Optimizer):
             self._warn_if_large(group, piece)
             return self._fresh(group, piece)
         shape = tuple(piece.parameter.shape)
-        if missing:
-            raise RuntimeError(
-                f"the state of a parameter of shape {shape} lacks {missing}: it was made by other options. Set the group's "
-                "options as they were when it was made, or start with a new optimizer."
-            )
-        mine = {name: held[name + piece.suffix] for name in wanted}
+        _require_none(missing, shape)
+        mine = counters(piece.parameter, piece.lead)
+        mine |= {name: held[name + piece.suffix] for name in wanted if name not in missing}
         if any(mine[name].shape != x.shape for name, x in wanted.items()):
             raise RuntimeError(f"a parameter has shape {shape} now, and its state is of another: start with a new optimizer")
         return {name: x.to(device=piece.parameter.device, dtype=wanted[name].dtype) for name, x in mine.items()}
@@ -348,9 +346,13 @@ class MatrixOptimizer(Optimizer):
         return counters(piece.parameter, piece.lead) | self.init_state(group, piece)
 
     def _elementwise_state(self, p: Tensor) -> dict[str, Tensor]:
-        if not self.state[p]:
-            self.state[p] = fresh_adamw(p)
-        return self.state[p]
+        state = self.state[p]
+        if missing := [name for name in ADAMW_STATE if name not in state]:
+            if len(missing) < len(ADAMW_STATE):
+                _require_none(missing, tuple(p.shape))
+            fresh = fresh_adamw(p)
+            state.update({name: fresh[name] for name in missing})
+        return state
 
     def _expected_state(self, number: int, group: Group, i: int) -> dict[str, Tensor]:
         """What the state of a parameter is made of, as tensors without data."""
@@ -403,6 +405,15 @@ def plain(group: Group) -> Group:
     return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in group.items()}
 
 
+def _require_none(missing: list[str], shape: tuple[int, ...]) -> None:
+    """Of a state; but earlier versions did not count what was skipped."""
+    if any(name != ADDED_LATER for name in missing):
+        raise RuntimeError(
+            f"the state of a parameter of shape {shape} lacks {missing}: it was made by other options. Set the group's "
+            "options as they were when it was made, or start with a new optimizer."
+        )
+
+
 def counters(p: Tensor, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """State that every optimizer keeps: how many steps were made, how many skipped for a gradient that is not finite."""
     return {
@@ -412,5 +423,4 @@ def counters(p: Tensor, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
 
 
 def fresh_adamw(p: Tensor) -> dict[str, Tensor]:
-    moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
-    return counters(p) | moments
+    return counters(p) | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ADAMW_STATE[2:]}

@@ -216,6 +216,26 @@ def test_older_checkpoints_are_filled_up(build):
 
 
 @every_optimizer
+def test_older_optimizers_are_filled_up(build):
+    """One that was pickled before skipped steps were counted; and one whose options were changed is an error."""
+    model = Model()
+    optimizer = build(model.parameters(), lr=0.05)
+    train(model, optimizer, range(3))
+    other, second = copy.deepcopy((model, optimizer))
+    for state in second.state.values():
+        for name in [name for name in state if name.startswith("skipped")]:
+            del state[name]
+    train(model, optimizer, range(3, 5))
+    train(other, second, range(3, 5))
+    assert second.skipped_steps() == 0
+    want = everything(model, optimizer)
+    assert_same_bits({name: everything(other, second)[name] for name in want}, want)
+    del second.state[other.first]["step"]
+    with pytest.raises(RuntimeError, match=r"the state of a parameter of shape \(6, 9\) lacks \['step'\]"):
+        train(other, second, range(5, 6))
+
+
+@every_optimizer
 def test_hooks_on_loading_see_and_change_the_checkpoint(build):
     model = Model()
     optimizer = build(model.parameters(), lr=0.05)
