@@ -96,6 +96,8 @@ def _map(
         s, turn = tl.load(step + matrix), 0.0
     # Symmetric products are added up in one accumulator and skew ones in another, [BLOCK, BLOCK]: registers are short.
     symmetric = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if ORDER == 3 or ORDER == 4:
+        x3 = tiles.product(px2, size, 1, px, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
     if ORDER == 4:
         x4 = tiles.product(px2, size, 1, px2, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
         symmetric = (-2.0 * QUARTIC_B) * (s * s) * (s * s) * x4
@@ -114,8 +116,6 @@ def _map(
         identity = ((o[:, None] == o[None, :]) & (i == j)).to(tl.float32)
         symmetric -= identity
     even -= 0.5 * symmetric
-    if ORDER == 3 or ORDER == 4:
-        x3 = tiles.product(px2, size, 1, px, size, 1, i, j, size, size, size, BLOCK, BLOCK, BK, PRECISION)
     odd = 2.0 * s * tiles.load_tile(px, i, j, size, size, BLOCK, BLOCK)
     if ORDER == 3 or ORDER == 4:
         odd += (1.0 + 0.25 * turn * turn if ORDER == 3 else QUARTIC_A) * s * s * s * x3
