@@ -227,10 +227,10 @@ def bits(found: Findings, deadline: float, device: str = "cuda", shapes: Sequenc
                     found.checks.append(row("graph", verdict=guarded(replayed, case, arguments)))
 
 
-def guarded(check: Callable[[Case, Arguments], str], case: Case, arguments: Arguments) -> str:
+def guarded(check: Callable[..., str], *arguments: Any) -> str:
     """What is wrong, also where that is an exception."""
     try:
-        return check(case, arguments)
+        return check(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
 
@@ -245,10 +245,7 @@ def captured_steps(found: Findings, deadline: float, device: str = "cuda", captu
         if time.time() > deadline:
             found.checks.append(row("not run"))
             continue
-        try:
-            found.checks.append(row(replayed_steps(build, dtype, device, capture)))
-        except Exception as error:
-            found.checks.append(row(f"{type(error).__name__}: {str(error)[:300]}"))
+        found.checks.append(row(guarded(replayed_steps, build, dtype, device, capture)))
 
 
 def replayed_steps(build: Build, dtype: torch.dtype, device: str, capture: Capture) -> str:

@@ -53,7 +53,7 @@ class Loading:
                 "optimizer or by other options."
             )
         for name, new in expected.items():
-            value = saved.get(name, torch.zeros(new.shape))
+            value = saved[name] if name in saved else torch.zeros(new.shape)
             if not isinstance(value, Tensor | int | float):
                 raise ValueError(f"{self.title}: {name!r} of {name_of(group, i)} must be a tensor, got {value!r}")
             value = torch.as_tensor(value)

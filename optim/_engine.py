@@ -112,7 +112,7 @@ class MatrixOptimizer(Optimizer):
             if key in group:
                 group[key] = [group[key][i] for i in sorted(once.values())]
         try:
-            self._check_parameters(self.param_groups[-1])
+            self._check_parameters(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

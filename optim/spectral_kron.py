@@ -143,7 +143,7 @@ class SpectralKron(MatrixOptimizer):
         check.whole(group, "max_preconditioner_dim")
         check.choice(group, "rotation", ROTATIONS)
         check.choice(group, "update_scale", UPDATE_SCALES)
-        check.choice(group, "cayley_order", (None, 2, 3, 4, 8))
+        check.choice(group, "cayley_order", (None, *LIMITS))
         check.choice(group, "gamma", (0, 1))
         check.choice(group, "preconditioner_dtype", (None, *FACTOR_DTYPES))
         largest = LIMITS[_map(group)[0]]
