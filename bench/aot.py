@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spectral_ops.bench import report
+from spectral_ops.bench import output
 from spectral_ops.bench.cases import CASES, OPERANDS
 from spectral_ops.kernels.launch import Launch, interpreted, recording
 
@@ -230,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
 
     rows = table(options.operands, options.targets)
-    print(report.table([HEADER, *cells(worst(rows))]))
+    print(output.table([HEADER, *cells(worst(rows))]))
     path = options.out / "aot.csv"
-    report.write_csv(path, HEADER, cells(rows))
+    output.write_csv(path, HEADER, cells(rows))
     print(f"\n{len(rows)} kernels, Triton {triton.__version__}\n{path}")
     if violations := gate(rows):
         raise SystemExit("\n".join(violations))

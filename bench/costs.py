@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectral_ops.bench import report
+from spectral_ops.bench import output
 from spectral_ops.bench.cases import CASES, OPERANDS, Case, Operands, Work
 
 SIZES, BATCHES = (256, 1024, 4096), (1, 16)
@@ -86,5 +86,5 @@ def main(argv: list[str] | None = None) -> None:
     header = ["operation", "n = m", "batch", "GFLOP", "eager", "ratio", "MB", "eager", "ratio"]
     header += [f"{label} us" for label in LABELS.values()]
     rows = [row(case, n, batch) for case in CASES.values() for n in SIZES for batch in BATCHES]
-    print(report.table([header, *rows]))
+    print(output.table([header, *rows]))
     print(LEGEND)

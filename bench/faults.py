@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from spectral_ops.bench import report, train
+from spectral_ops.bench import output, train
 from spectral_ops.bench.methods import BUILDERS, tuned
 from spectral_ops.bench.optimizers import OPTIMIZERS, Build
 from spectral_ops.bench.regression import (
@@ -383,7 +383,7 @@ def table(cases: list[Case]) -> str:
         for case in cases:
             if case.fault.group == group:
                 rows.setdefault(case.fault.name, []).append("FAILED" if case.verdict else case.outcome.removeprefix("error: "))
-        parts.append(report.table([[name, *cells] for name, cells in rows.items()]))
+        parts.append(output.table([[name, *cells] for name, cells in rows.items()]))
     failed = [f"{case.optimizer}, {case.fault.name} ({case.fault.text}): {case.verdict}" for case in cases if case.verdict]
     return "\n\n".join([*parts, "\n".join([f"{len(cases)} cases, {len(failed)} failed", *failed])])
 
@@ -398,12 +398,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # at these sizes more are slower
     cases = [run(name, build, fault) for fault in FAULTS for name, build in OPTIMIZERS.items()]
-    source = report.provenance("cpu")
-    print(f"{table(cases)}\n\n{report.describe(source)}")
+    source = output.provenance("cpu")
+    print(f"{table(cases)}\n\n{output.describe(source)}")
     path = options.out / "faults.csv"
     header = ["optimizer", "group", "fault", "description", "expected", "outcome", "verdict", *source]
     rows = ([c.optimizer, c.fault.group, c.fault.name, c.fault.text, c.expected, c.outcome, c.verdict] for c in cases)
-    report.write_csv(path, header, ([*row, *source.values()] for row in rows))
+    output.write_csv(path, header, ([*row, *source.values()] for row in rows))
     print(path)
     if any(case.verdict for case in cases):
         raise SystemExit(1)

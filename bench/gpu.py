@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spectral_ops import reference
 from spectral_ops._library import without_kernels
-from spectral_ops.bench import kernels, report, steps, tune
+from spectral_ops.bench import kernels, output, steps, tune
 from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judged, restore, unit
 from spectral_ops.bench.optimizers import OPTIMIZERS, Build
 from spectral_ops.bench.tasks import Text
@@ -395,8 +395,8 @@ def summary(found: Findings, lines: list[str], source: dict[str, str]) -> str:
     failed = failures(found.checks)
     missing = sum(check.verdict == "not run" for check in found.checks)
     texts = [f"{c.kind} {c.op} {c.operands} {c.n} x {c.m} x {c.batch} {c.result}: {c.verdict}" for c in failed[:30]]
-    timed = [report.table([["setting", "optimizer", "ms a step", "p20", "p80"], *found.steps])] if found.steps else []
-    versions = f"{report.describe(source)}, Triton {source['triton']}, driver {source['driver']}"
+    timed = [output.table([["setting", "optimizer", "ms a step", "p20", "p80"], *found.steps])] if found.steps else []
+    versions = f"{output.describe(source)}, Triton {source['triton']}, driver {source['driver']}"
     count = f"{len(found.checks) - missing} checks, {len(failed)} failed, {missing} not run"
     end = "\n".join([*timed, "", *found.notes[:20], *lines, *texts, versions, count])
     head = kernels.ratios(found.timings).splitlines()
@@ -409,7 +409,7 @@ def save(out: Path, found: Findings, source: dict[str, str]) -> None:
     kernels.write(out / "checks.csv", found.checks, source)
     kernels.save(out, found.timings, source)
     header = ["setting", "optimizer", "median_ms", "p20_ms", "p80_ms", *source]
-    report.write_csv(out / "steps.csv", header, [[*row, *source.values()] for row in found.steps])
+    output.write_csv(out / "steps.csv", header, [[*row, *source.values()] for row in found.steps])
 
 
 def main(argv: list[str] | None = None) -> None:

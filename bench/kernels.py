@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from spectral_ops.bench import report
+from spectral_ops.bench import output
 from spectral_ops.bench.aot import choices
 from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Operands, Work
 
@@ -71,7 +70,7 @@ def require_gpu() -> None:
 
 
 def provenance() -> dict[str, str]:
-    return report.provenance("cuda") | {"triton": triton.__version__, "driver": _driver()}
+    return output.provenance("cuda") | {"driver": _driver()}
 
 
 def _driver() -> str:
@@ -237,7 +236,7 @@ def write(path: Path, rows: list[Any], source: dict[str, str]) -> None:
     """Dataclasses as CSV, each with where it comes from."""
     if rows:
         header = [field.name for field in fields(rows[0])]
-        report.write_csv(path, [*header, *source], [[*map(cell, asdict(row).values()), *source.values()] for row in rows])
+        output.write_csv(path, [*header, *source], [[*map(cell, asdict(row).values()), *source.values()] for row in rows])
 
 
 def cell(value: Any) -> Any:
@@ -264,7 +263,7 @@ def ratios(rows: Iterable[Timing]) -> str:
             f"{eager.p50_us / kernel.p50_us:.2f}" if eager else "-", f"{cublas.p50_us:.1f}" if cublas else "-",
             f"{kernel.tflops:.0f}", f"{kernel.gb_per_s:.0f}", f"{kernel.roof:.2f}",
         ])  # fmt: skip
-    return report.table(lines)
+    return output.table(lines)
 
 
 def plot(path: Path, rows: Iterable[Timing], title: str) -> None:
@@ -317,5 +316,5 @@ def main(argv: list[str] | None = None) -> None:
     rows, notes = benchmark(options.op, deadline=math.inf)
     source = provenance()
     save(options.out, rows, source)
-    print(*notes, report.describe(source), options.out / "kernels.csv", sep="\n")
+    print(*notes, output.describe(source), options.out / "kernels.csv", sep="\n")
     print(f"\n{ratios(rows)}")

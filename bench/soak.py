@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_ops.bench import report
+from spectral_ops.bench import output
 from spectral_ops.bench.training import configure, state_bytes
 from spectral_ops.optim import SpectralKron
 from spectral_ops.reference import add_diagonal
@@ -236,7 +236,7 @@ def summary(records: list[Record], speeds: dict[str, float]) -> str:
         for r in (records[0], _after_warmup(records)[0], records[-1])
     ]
     words = "defect, error (from a twin in float32), apart (from the run in float32): median over the run, and worst"
-    return "\n".join([report.table(rows), words, *memory])
+    return "\n".join([output.table(rows), words, *memory])
 
 
 def plot(path: Path, records: list[Record], title: str) -> None:
@@ -273,10 +273,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     trials = {name: Trial(variant) for name, variant in VARIANTS.items()}
     records = list(soak(trials, options.steps))
-    source = report.provenance("cpu") | {"seed": str(options.seed)}
-    print(f"{summary(records, {name: options.steps / t.seconds for name, t in trials.items()})}\n\n{report.describe(source)}")
+    source = output.provenance("cpu") | {"seed": str(options.seed)}
+    print(f"{summary(records, {name: options.steps / t.seconds for name, t in trials.items()})}\n\n{output.describe(source)}")
     header = [*(f.name for f in fields(Record)), *source]
-    report.write_csv(options.out / "soak.csv", header, [[*asdict(r).values(), *source.values()] for r in records])
+    output.write_csv(options.out / "soak.csv", header, [[*asdict(r).values(), *source.values()] for r in records])
     print(options.out / "soak.csv")
     try:
         plot(options.out / "soak.png", records, f"{options.steps} steps, {source['hardware']}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spectral_ops.bench import report
+from spectral_ops.bench import output
 from spectral_ops.bench.methods import Method, method
 from spectral_ops.bench.tasks import TEXT_PRESETS, Text
 from spectral_ops.bench.training import Run, configure
@@ -121,12 +121,12 @@ def main(argv: list[str] | None = None) -> None:
 
     results = measure(Text(options.preset, device=options.device), options.rounds)
     rows = summarize(results)
-    print(report.table([[f"one step, {options.preset} model", "median ms", "p20", "p80", f"vs {REFERENCE}"], *rows]))
-    source = report.provenance(options.device) | {"preset": options.preset, "rounds": str(options.rounds)}
-    print(f"\n{report.describe(source)}")
+    print(output.table([[f"one step, {options.preset} model", "median ms", "p20", "p80", f"vs {REFERENCE}"], *rows]))
+    source = output.provenance(options.device) | {"preset": options.preset, "rounds": str(options.rounds)}
+    print(f"\n{output.describe(source)}")
     path = options.out / f"steps-{options.preset}-{options.device}.csv"
     header = ["candidate", "median_ms", "p20_ms", "p80_ms", f"ratio_to_{REFERENCE}", *source]
-    report.write_csv(path, header, [[*row, *source.values()] for row in rows])
+    output.write_csv(path, header, [[*row, *source.values()] for row in rows])
     print(path)
 
 

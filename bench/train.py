@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_ops.bench import report
+from spectral_ops.bench import curves, output
 from spectral_ops.bench.methods import BUILDERS, Method, tuned
 from spectral_ops.bench.tasks import DIGITS_PRESETS, TASKS, TEXT_PRESETS
 from spectral_ops.bench.training import Curve, Run, configure
@@ -94,14 +94,14 @@ class Experiment:
 
     def report(self, out: Path) -> None:
         unfinished = self.run.curve if self.run else None
-        curves = self.finished + ([unfinished] if unfinished else [])
-        source = report.provenance(self.options["device"])
+        runs = self.finished + ([unfinished] if unfinished else [])
+        source = output.provenance(self.options["device"])
         name = f"train-{self.options['task']}-{self.options['preset']}"
-        print(f"\n{report.training_table(self.finished, unfinished)}\n\n{report.describe(source)}")
-        report.write_curves(out / f"{name}.csv", curves)
+        print(f"\n{curves.training_table(self.finished, unfinished)}\n\n{output.describe(source)}")
+        curves.write_curves(out / f"{name}.csv", runs)
         print(out / f"{name}.csv")
         try:
-            report.plot_curves(out / f"{name}.png", curves, f"{self.options['task']}, {source['hardware']}")
+            curves.plot_curves(out / f"{name}.png", runs, f"{self.options['task']}, {source['hardware']}")
             print(out / f"{name}.png")
         except ModuleNotFoundError as error:
             print(f"no PNG: {error.name} is not installed (pip install 'spectral-ops[bench]')")

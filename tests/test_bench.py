@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectral_ops.bench import __main__ as program
-from spectral_ops.bench import report, steps, tasks, train, training
+from spectral_ops.bench import curves, steps, tasks, train, training
 from spectral_ops.bench.methods import method
 from spectral_ops.bench.training import Curve, Run
 
@@ -275,7 +275,7 @@ def test_training_table() -> None:
         curve("adamw", 1, [4.0, 3.0, 2.0, 1.0]),
         curve("muon", 1, [4.0, 2.0, 1.0, 0.5]),
     ]
-    lines = report.training_table(finished, curve("soap", 0, [2.0, 1.0])).splitlines()
+    lines = curves.training_table(finished, curve("soap", 0, [2.0, 1.0])).splitlines()
     header = ["method", "loss", "steps to adamw", "seconds", "vs adamw", "vs muon", "optimizer", "ms/step", "bytes/param"]
     assert [cell.strip() for cell in lines[0].split("  ") if cell.strip()] == header
     cells = {line.split("  ")[0]: [c.strip() for c in line.split("  ") if c.strip()][1:] for line in lines[2:]}

@@ -1,16 +1,10 @@
-"""What is written about results: tables, CSV files, curves as PNG, and on what hardware they were made."""
+"""What is written about training runs: the table that compares them, the curves as CSV and PNG."""
 
-import csv
-import datetime
 import math
-import platform
 import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from spectral_ops.bench import output
 from spectral_ops.bench.training import Curve
 
 BASELINES = ("adamw", "muon", "soap")
@@ -26,44 +20,6 @@ COLOURS = {
 }
 
 
-def provenance(device: str) -> dict[str, str]:
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-def describe(source: dict[str, str]) -> str:
-    return f"{source['hardware']}, {source['threads']} thread(s), PyTorch {source['torch']}, {source['date']}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first one the header, as aligned text: the first column to the left, the rest to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 def training_table(finished: list[Curve], unfinished: Curve | None = None) -> str:
     """One row for each method, means over its seeds; a target is the final loss of the baseline with the same seed."""
     by_method: dict[str, list[Curve]] = {}
@@ -77,7 +33,7 @@ def training_table(finished: list[Curve], unfinished: Curve | None = None) -> st
         rows[0] += ["steps to adamw", "seconds", "vs adamw"] if name == "adamw" else [f"vs {name}"]
     rows[0] += ["optimizer", "ms/step", "bytes/param"]
     rows += [_training_row(label, curves, targets) for label, curves in by_method.items()]
-    return f"{table(rows)}\n{LEGEND}"
+    return f"{output.table(rows)}\n{LEGEND}"
 
 
 def _training_row(label: str, curves: list[Curve], targets: dict[str, dict[int, Curve]]) -> list[str]:
@@ -118,7 +74,7 @@ def write_curves(path: Path, curves: list[Curve]) -> None:
         for c in curves
         for step, loss, seconds in zip(c.steps, c.loss, c.seconds, strict=True)
     )
-    write_csv(path, ["method", "seed", "step", "loss", "seconds"], rows)
+    output.write_csv(path, ["method", "seed", "step", "loss", "seconds"], rows)
 
 
 def plot_curves(path: Path, curves: list[Curve], title: str) -> None:
