@@ -1,10 +1,12 @@
 """Both sides of a Kronecker factor pair in one call: what an optimizer does to its curvature with a new gradient."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
-from spectral_ops import reference
+from spectral_ops import blocked, reference
 from spectral_ops._library import define
 
 
@@ -69,7 +71,7 @@ _kron_track = define(
     "kron_track(Tensor g, Tensor(a!)? basis_c, Tensor(b!)? basis_k, Tensor(c!)? residual_c, Tensor(d!)? residual_k,"
     " Tensor(e!) d_c, Tensor(f!) d_k, Tensor(g!) scale, Tensor(h!) updates, Tensor? seed,"
     " float beta, float damping, float epsilon, float limit, int order) -> Tensor",
-    reference.kron_track,
+    partial(reference.kron_track, track=blocked.tracked),
     _fake,
     _kernel,
 )

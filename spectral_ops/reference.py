@@ -5,6 +5,7 @@ Arguments are already checked: `spectral_ops/<op>.py` does that. Scalars are 0-d
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -139,9 +140,7 @@ def cayley_track(
     if residual.dtype == torch.bfloat16:
         d_new = torch.where(d_new > LOST * d, d_new, d.to(d_new.dtype))
     t.diagonal(dim1=-2, dim2=-1).zero_()
-    t = rounded(t, residual.dtype, None if seed is None else ~seed)
-    # The two halves are rounded by different random bits: the lower one counts.
-    return b_new, d_new, t if seed is None else t.tril(-1) + t.tril(-1).mT
+    return b_new, d_new, rounded_symmetric(t, residual.dtype, None if seed is None else ~seed)
 
 
 # A bfloat16 residual makes `T` a little indefinite, and a turn finds that: an eigenvalue of which so little is left is error of
@@ -150,6 +149,35 @@ LOST = 1e-3
 RELATIVE_FLOOR = 1e-6  # of the largest eigenvalue: below it a float32 eigenvalue is rounding error, even its sign
 NEGLIGIBLE = 1e-30  # mean square of a gradient: what is divided by less, and by an eigenvalue, overflows
 STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so that streams of seeds do not meet
+
+
+def tracked(
+    x: Tensor,
+    d: Tensor,
+    b: Tensor | None,
+    r: Tensor | None,
+    weight: Tensor,
+    share: Tensor,
+    damping: Tensor,
+    usable: Tensor,
+    seeds: Tensor | None,
+    epsilon: float,
+    limit: float,
+    order: int,
+) -> Tensor:
+    """One side of the usable matrices, in place; the logarithm of what `T` was divided by."""
+    if b is None:
+        new, _, log_mean = tracked_diagonal(x, d, weight, share, damping)
+        floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
+    else:
+        generator, new, r_new, log_mean = gram_track(x, d, r, weight, share, damping, epsilon)
+        floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
+        b_new, new, r_new = cayley_track(b, generator, new, r_new, limit, order, seeds)
+        keep(usable, b, b_new)
+        if r is not None and r_new is not None:
+            keep(usable, r, r_new)
+    keep(usable, d, new.clamp(min=floor))
+    return log_mean
 
 
 def kron_track(
@@ -168,6 +196,7 @@ def kron_track(
     epsilon: float,
     limit: float,
     order: int,
+    track: Callable[..., Tensor] = tracked,
 ) -> Tensor:
     g = raised(g)
     n, m = g.shape[-2:]
@@ -186,18 +215,7 @@ def kron_track(
         x: Tensor, d: Tensor, b: Tensor | None, r: Tensor | None, other: Tensor, k: int, seeds: Tensor | None
     ) -> Tensor:
         weight, damp = other / column(alpha * k), damping * other.mean(-1) / alpha
-        if b is None:
-            new, _, log_mean = tracked_diagonal(x, d, weight, share, damp)
-            floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
-        else:
-            generator, new, r_new, log_mean = gram_track(x, d, r, weight, share, damp, epsilon)
-            floor = RELATIVE_FLOOR * new.amax(-1, keepdim=True)
-            b_new, new, r_new = cayley_track(b, generator, new, r_new, limit, order, seeds)
-            keep(usable, b, b_new)
-            if r is not None and r_new is not None:
-                keep(usable, r, r_new)
-        keep(usable, d, new.clamp(min=floor))
-        return log_mean
+        return track(x, d, b, r, weight, share, damp, usable, seeds, epsilon, limit, order)
 
     log_c = side(x, d_c, basis_c, residual_c, inverse_k, m, seeds)
     log_k = side(x.mT, d_k, basis_k, residual_k, inverse_c, n, None if seeds is None else seeds + STREAM_SIDE)
@@ -360,6 +378,12 @@ def stochastic_round(x: Tensor, seed: Tensor) -> Tensor:
 
 def rounded(x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
     return x.to(dtype) if seed is None or dtype != torch.bfloat16 else stochastic_round(x, seed)
+
+
+def rounded_symmetric(x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
+    """For symmetric matrices with zero diagonal. Random bits would round the two halves apart: the lower one counts."""
+    x = rounded(x, dtype, seed)
+    return x if seed is None else x.tril(-1) + x.tril(-1).mT
 
 
 # --- momentum and parameters ------------------------------------------------------------------------------------------
