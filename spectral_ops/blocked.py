@@ -51,20 +51,17 @@ def tracked(
 
 
 def _average(t: Tensor, x: Tensor, weight: Tensor, keep: float, new: Tensor, epsilon: float, generator: Tensor) -> None:
-    """`T ← keep · T + x Diag(weight) xᵀ` in its lower blocks, which is all that is read until it is turned, and the generator;
-    formulas as in `reference.gram_track`."""
-    weighted, quarter, width = x * weight, 0.25 * new, epsilon * new
-    for rows, columns in lower_blocks(len(x)):
-        part = t[rows, columns].addmm_(weighted[rows], x[columns].mT, beta=keep)
-        gap = quarter[columns] - quarter[rows, None]
-        scale = (width[columns] + width[rows, None]).square_().addcmul_(gap, gap, value=16)
-        half = gap.mul_(part).div_(scale)
-        if rows == columns:
-            generator[rows, columns] = half.tril_(-1).sub_(half.mT.clone()).mul_(2)
-        else:
-            generator[rows, columns] = half.mul_(2)
-            mirror(generator, rows, columns, skew=True)
-            mirror(t, rows, columns)
+    """`T ← keep · T + x Diag(weight) xᵀ` but for its diagonal, and the generator; formulas as in `reference.gram_track`."""
+    weighted, half, width = x * weight, 0.5 * new, epsilon * new
+    for block in lower_blocks(len(x)):
+        rows, columns = block
+        t[block].addmm_(weighted[rows], x[columns].mT, beta=keep)
+        for i, j in tiles(block):
+            gap = half[j] - half[i, None]
+            scale = (width[j] + width[i, None]).square_().addcmul_(gap, gap, value=4)
+            torch.div(gap.mul_(t[i, j]), scale, out=generator[i, j])
+            mirror(generator, i, j, skew=True)
+            mirror(t, i, j)
 
 
 def _turn(
@@ -73,48 +70,56 @@ def _turn(
     """`b ← b P` and `T ← Pᵀ T P` in place, and the diagonal of `T`, as in `reference.cayley_track`. `x` is the generator; it,
     `square` and `f` are left with whatever."""
     blocks = list(lower_blocks(len(b)))
-    for rows, columns in blocks:
-        torch.mm(x[rows], x[:, columns], out=square[rows, columns])
-        mirror(square, rows, columns)
+    for block in blocks:
+        rows, columns = block
+        torch.mm(x[rows], x[:, columns], out=square[block])
+        for i, j in tiles(block):
+            mirror(square, i, j)
     step, norm = (value.item() for value in reference.limited_step(square, limit))
     fit = norm**2
-    even = 2 if order == 3 else 4 / (1 + math.sqrt(1 - 4 * fit))
-    for rows, columns in blocks:
-        part = torch.addmm(square[rows, columns], b.mT[rows], b[:, columns], beta=even * step**2, alpha=-0.5)
-        odd = 2 * step * x[rows, columns]
+    double = 2 if order == 3 else 4 / (1 + math.sqrt(1 - 4 * fit))
+    for block in blocks:  # of F, the symmetric part below and the skew part above the diagonal, then both in both
+        rows, columns = block
+        torch.addmm(square[block], b.mT[rows], b[:, columns], beta=double * step**2, alpha=-0.5, out=f[block])
+        odd = torch.empty_like(f[block]) if rows == columns else f[columns, rows]
+        torch.mul(x[columns, rows], 2 * step, out=odd)
         if order == 3:
-            odd.addmm_(x[rows], square[:, columns], alpha=(1 + fit / 4) * step**3)
+            odd.addmm_(square[columns], x[:, rows], alpha=(1 + fit / 4) * step**3)
         if rows == columns:
-            part.diagonal().add_(0.5)
-        torch.add(part, odd, out=f[rows, columns])
-        if rows != columns:
-            copy_transposed(f[columns, rows], part.sub_(odd))
+            f[block].add_(odd).diagonal().add_(0.5)
+            continue
+        for i, j in tiles(block):
+            even, odd = f[i, j], f[j, i]
+            both = odd + even.mT
+            even.sub_(odd.mT)
+            odd.copy_(both)
     torch.mm(b, f, out=x)
     b.add_(x)
     if not carry:
         return diagonal
     t.diagonal().copy_(diagonal)
     torch.mm(t, f, out=square).add_(t)
-    for rows, columns in blocks:
-        torch.addmm(square[rows, columns], f[:, rows].mT, square[:, columns], out=t[rows, columns])
-        mirror(t, rows, columns)
+    for block in blocks:
+        rows, columns = block
+        torch.addmm(square[block], f[:, rows].mT, square[:, columns], out=t[block])
+        for i, j in tiles(block):
+            mirror(t, i, j)
     turned = t.diagonal().clone()
     t.diagonal().zero_()
     return turned
 
 
 def _store(old: Tensor, new: Tensor, seed: Tensor | None, symmetric: bool = False) -> None:
-    """Nothing, where `new` is the tensor itself."""
-    if old.dtype == new.dtype:
-        old.copy_(new)
-    else:
+    if old.dtype != new.dtype:  # else it is the same tensor
         old.copy_(reference.rounded_symmetric(new, old.dtype, seed) if symmetric else reference.rounded(new, old.dtype, seed))
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
 
+Block = tuple[slice, slice]
 
-def lower_blocks(n: int, start: int = 0) -> Iterator[tuple[slice, slice]]:
+
+def lower_blocks(n: int, start: int = 0) -> Iterator[Block]:
     """Rows and columns of blocks that cover the lower triangle: halves of halves, so that most of it is in large products."""
     if n - start <= BLOCK:
         yield slice(start, n), slice(start, n)
@@ -125,18 +130,21 @@ def lower_blocks(n: int, start: int = 0) -> Iterator[tuple[slice, slice]]:
     yield slice(middle, n), slice(start, middle)
 
 
-def mirror(x: Tensor, rows: slice, columns: slice, skew: bool = False) -> None:
-    """Make `x` symmetric or skew, given this block of its lower half; blocks on the diagonal, which hold both halves, become
-    symmetric in every bit."""
+def tiles(block: Block) -> Iterator[Block]:
+    """Parts of a block that stay in the cache between one elementwise operation and the next; one on the diagonal is one."""
+    rows, columns = block
     if rows == columns:
-        lower = x[rows, columns].tril(-1)
-        x[rows, columns].triu_().tril_().add_(lower).add_(lower.mT)
+        yield block
+        return
+    for i in range(rows.start, rows.stop, TILE):
+        for j in range(columns.start, columns.stop, TILE):
+            yield slice(i, min(i + TILE, rows.stop)), slice(j, min(j + TILE, columns.stop))
+
+
+def mirror(x: Tensor, rows: slice, columns: slice, skew: bool = False) -> None:
+    """Make `x` symmetric or skew in every bit, given this tile of its lower half or on its diagonal."""
+    tile = x[rows, columns]
+    if rows != columns:
+        x[columns, rows] = -tile.mT if skew else tile.mT
     else:
-        copy_transposed(x[columns, rows], x[rows, columns], -1 if skew else 1)
-
-
-def copy_transposed(out: Tensor, x: Tensor, sign: int = 1) -> None:
-    for i in range(0, x.shape[0], TILE):
-        for j in range(0, x.shape[1], TILE):
-            target, source = out[j : j + TILE, i : i + TILE], x[i : i + TILE, j : j + TILE].mT
-            target.copy_(source) if sign > 0 else torch.neg(source, out=target)
+        tile.copy_(tile.tril(-1) - tile.tril(-1).mT if skew else tile.tril() + tile.tril(-1).mT)
