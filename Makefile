@@ -41,8 +41,10 @@ train: $(READY) ## train the benchmark tasks with each method: table, CSV, PNG
 test: lint ## lint and run the tests
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(READY) ## time one optimizer step of each method
+bench: $(READY) ## on a CPU: operations, optimizer steps and training against their peers; tables and CSV in out/
+	$(RUN) -m spectral_ops.bench kernels --device cpu $(ARGS)
 	$(RUN) -m spectral_ops.bench steps $(ARGS)
+	$(RUN) -m spectral_ops.bench train $(ARGS)
 
 soak: $(READY) ## 10,000 steps in bf16 beside fp32: defects, errors, memory; fails over a limit
 	$(RUN) -m spectral_ops.bench soak $(ARGS)
@@ -51,10 +53,12 @@ aot: $(READY) ## compile every kernel for GPUs that need not be there; fails on 
 	$(RUN) -m spectral_ops.bench aot $(ARGS)
 
 # Nothing is installed: the interpreter has torch and triton, and the folders come together under one import name.
+#   make gpu COMMAND=train ARGS="--device cuda --preset gpt2"      another program of bench/, the same way
+COMMAND ?= gpu
 gpu: ## on a GPU, with the torch and triton of PYTHON: checks, timings, tiles, written to OUT or out/
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && mkdir "$$site/spectral_ops" && \
 	ln -s "$(CURDIR)"/spectral_ops/* "$(CURDIR)/kernels" "$(CURDIR)/optim" "$(CURDIR)/bench" "$$site/spectral_ops" && \
-	PYTHONPATH="$$site" $(PYTHON) -m spectral_ops.bench gpu $(ARGS)
+	PYTHONPATH="$$site" $(PYTHON) -m spectral_ops.bench $(COMMAND) $(ARGS)
 
 lint: $(READY) ## ruff
 	$(RUN) -m ruff check .

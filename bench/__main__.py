@@ -5,13 +5,14 @@ import sys
 
 COMMANDS = {
     "train": "train a task with each method and compare",
-    "steps": "time one optimizer step of each method",
+    "steps": "time one optimizer step of each method, its state and its correctness",
     "soak": "run many steps in bfloat16 beside float32 and check every limit",
     "faults": "run every optimizer through every fault",
     "search": "tune one method on one task",
     "model": "print operations, bytes and the least time of every operation",
+    "report": "write RESULTS.md, its plots and the README's table",
     "aot": "compile every kernel ahead of time and check it",
-    "kernels": "time every operation on a GPU",
+    "kernels": "time every operation against plain and compiled PyTorch",
     "tune": "find the fastest tiles on a GPU",
     "gpu": "everything that needs a GPU: checks, timings, tiles",
 }

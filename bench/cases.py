@@ -1,7 +1,7 @@
 """Every operation that has kernels, once: its inputs, the launches, its meaning, the plain PyTorch composition, its cost.
 
-What compiles kernels ahead of time, checks them, times them and counts their work all go through `CASES`. `run` and `eager`
-may write into their arguments, as an optimizer's step does: give them a `fresh` copy where those are needed again.
+What compiles kernels ahead of time, checks them, times them and counts their work all go through `CASES`. `run`, `op` and
+`eager` may write into their arguments, as an optimizer's step does: give them a `fresh` copy where those are needed again.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import spectral_ops
 from spectral_ops import reference
 from spectral_ops._library import KERNELS
 from spectral_ops.kernels import average, cayley, diagonal, factor, gram, rotate, rounding, skew, spectrum, track, update
@@ -169,6 +170,14 @@ class Case:
         """The launches, with the table's tiles or with `config`."""
         raise NotImplementedError
 
+    def op(self, arguments: Arguments) -> Results:
+        """The public op of this meaning. An operation that is only a part of one has none."""
+        raise NotImplementedError
+
+    @property
+    def has_op(self) -> bool:
+        return type(self).op is not Case.op
+
     def eager(self, arguments: Arguments) -> Results:
         """What one writes in PyTorch without this package, in the dtypes of the arguments."""
         raise NotImplementedError
@@ -222,6 +231,30 @@ def judged(case: Case, results: Results, eager: Results, wanted: Results, unit: 
         yield Judgement(name, error, yardstick, bound, ", ".join(faults))
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that an element no program wrote shows."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77 if x.dtype != torch.bool else 1)
+
+    torch.empty = filled
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def judge(case: Case, ours: Callable[[Arguments], Results], arguments: Arguments, operands: Operands) -> list[Judgement]:
+    """The results of `ours`, its outputs poisoned beforehand, against float64. The arguments stay as they are."""
+    wanted, eager = case.reference(arguments), case.eager(fresh(arguments))
+    with poisoned():
+        results = ours(fresh(arguments))
+    return list(judged(case, results, eager, wanted, unit(operands)))
+
+
 # --- Gram matrices and generators ---------------------------------------------------------------------------------------
 
 
@@ -233,6 +266,9 @@ class Gram(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return {"w": gram.gram(arguments["x"], arguments["scale"], 1.0, 0.0, None, _tile("gram", arguments["x"], config))}
+
+    def op(self, arguments: Arguments) -> Results:
+        return {"w": spectral_ops.gram(**arguments)}
 
     def eager(self, arguments: Arguments) -> Results:
         w = _weighted(arguments["x"], arguments["scale"])
@@ -260,6 +296,9 @@ class GramSkew(Case):
         u, diag_w, squares = skew.gram_skew(x, d, scale, TOL, _tile("gram_skew", x, config))
         return {"u": u, "diag_w": diag_w, "squares": squares}
 
+    def op(self, arguments: Arguments) -> Results:
+        return dict(zip(("u", "diag_w", "squares"), spectral_ops.gram_skew(**arguments, tol=TOL), strict=True))
+
     def eager(self, arguments: Arguments) -> Results:
         x, d, scale = arguments.values()
         w = _weighted(x, scale)
@@ -281,6 +320,9 @@ class SkewGenerator(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return {"u": skew.skew_generator(**arguments, tol=TOL)}
+
+    def op(self, arguments: Arguments) -> Results:
+        return {"u": spectral_ops.skew_generator(**arguments, tol=TOL)}
 
     def eager(self, arguments: Arguments) -> Results:
         return {"u": _divided(**arguments)}
@@ -361,6 +403,9 @@ class CayleyUpdate(Case):
         assert out is not None
         return {"b": out}
 
+    def op(self, arguments: Arguments) -> Results:
+        return {"b": spectral_ops.cayley_update(**arguments, order=8, correct=True, rounding="stochastic")}
+
     def eager(self, arguments: Arguments) -> Results:
         b, x, step, _ = arguments.values()
         x = step[:, None, None].to(x.dtype) * x
@@ -406,6 +451,13 @@ class CayleyTrack(Case):
         cayley.conjugate(f, v, diag, d, r, seed=seed, config=config)
         return _sided(b=turned, d=d, r=r)
 
+    def op(self, arguments: Arguments) -> Results:
+        results: Results = {}
+        for side, (b, x, d, residual, seed) in enumerate(zip(*arguments.values(), strict=True)):
+            turned = spectral_ops.cayley_track(b, x, d, residual=residual, limit=LIMIT, order=self.order, seed=seed)
+            results |= _named(side, turned)
+        return results
+
     def eager(self, arguments: Arguments) -> Results:
         results = {}
         for side, (b, x, d, residual, _) in enumerate(zip(*arguments.values(), strict=True)):
@@ -439,7 +491,7 @@ class CayleyTrack(Case):
         results: Results = {}
         for side, (b, x, d, residual, _) in enumerate(zip(*upcast(arguments).values(), strict=True)):
             turned = reference.cayley_track(b, x, d, residual, LIMIT, self.order, None)
-            results |= {f"{name}{side}": value for name, value in zip("bdr", turned, strict=True) if value is not None}
+            results |= _named(side, turned)
         return results
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
@@ -449,6 +501,10 @@ class CayleyTrack(Case):
         turn = Work(2 * full(n, n, n), size * 5 * n * n)
         conjugate = Work(lower(n, n), size * 3 * n * n + 8 * n)
         return _map_work(n, self.order, size) + turn + conjugate
+
+
+def _named(side: int, turned: tuple[Tensor, Tensor, Tensor | None]) -> Results:
+    return {f"{name}{side}": x for name, x in zip("bdr", turned, strict=True) if x is not None}
 
 
 def _map_work(n: int, order: int, size: int) -> Work:
@@ -504,6 +560,10 @@ class ApplyRoot(Case):
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         out, squares = rotate.apply_root(**arguments, root=2.0, config=config)
         return {"out": out, "squares": squares.sum(1)}
+
+    def op(self, arguments: Arguments) -> Results:
+        out, squares = spectral_ops.apply_root(**arguments, root=2.0, return_squares=True)
+        return {"out": out, "squares": squares.sum(-1)}
 
     def eager(self, arguments: Arguments) -> Results:
         g, b_c, d_c, b_k, d_k, alpha = arguments.values()
@@ -597,7 +657,8 @@ class KronTrack(Case):
     """A gradient enters the curvature and turns both bases: the launches of one optimizer step, in place."""
 
     name, operands, symmetric = "kron_track", ("bf16", "split", "fp32"), ("residual_c", "residual_k")
-    settings, roundings = (0.5, 0.0, EPSILON, LIMIT, 3), 4
+    settings: tuple[float, float, float, float, int] = (0.5, 0.0, EPSILON, LIMIT, 3)
+    roundings = 4
 
     def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
         updates = 3 + torch.arange(batch, device=make.device, dtype=torch.float32)
@@ -612,13 +673,24 @@ class KronTrack(Case):
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return self._results(KERNELS["kron_track"], arguments)
 
+    def op(self, arguments: Arguments) -> Results:
+        g, basis_c, basis_k, residual_c, residual_k, d_c, d_k, scale, updates, seed = arguments.values()
+        beta, damping, epsilon, limit, order = self.settings
+        finite = spectral_ops.kron_track(
+            g, (basis_c, basis_k), (residual_c, residual_k), (d_c, d_k), scale, updates, seed=seed,
+            beta=beta, damping=damping, epsilon=epsilon, limit=limit, order=order,
+        )  # fmt: skip
+        return self._changed(arguments, finite)
+
     def eager(self, arguments: Arguments) -> Results:
         return self._results(reference.kron_track, arguments)
 
     def _results(self, op: Callable[..., Tensor], arguments: Arguments) -> Results:
         if arguments["basis_c"].dtype != torch.bfloat16:
             arguments = arguments | {"seed": None}
-        finite = op(*arguments.values(), *self.settings)
+        return self._changed(arguments, op(*arguments.values(), *self.settings))
+
+    def _changed(self, arguments: Arguments, finite: Tensor) -> Results:
         return {name: x for name, x in arguments.items() if name not in ("g", "seed")} | {"finite": finite}
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
@@ -639,6 +711,9 @@ class FactorUpdate(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return {"k": factor.factor_update(**arguments, config=_tile("factor", arguments["k"], config))}
+
+    def op(self, arguments: Arguments) -> Results:
+        return {"k": spectral_ops.factor_update(**arguments)}
 
     def eager(self, arguments: Arguments) -> Results:
         k, m, step = arguments.values()
@@ -666,6 +741,10 @@ class SpectrumUpdate(Case):
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return self._results(spectrum.spectrum_update, arguments)
 
+    def op(self, arguments: Arguments) -> Results:
+        new = spectral_ops.spectrum_update(*arguments.values(), exact=True)
+        return dict(zip(("d_c", "d_k", "alpha"), new, strict=True))
+
     def eager(self, arguments: Arguments) -> Results:
         return self._results(reference.spectrum_update, arguments)
 
@@ -686,6 +765,9 @@ class StochasticRound(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         return {"x": rounding.stochastic_round(**arguments)}
+
+    def op(self, arguments: Arguments) -> Results:
+        return {"x": spectral_ops.stochastic_round(**arguments)}
 
     def eager(self, arguments: Arguments) -> Results:
         bits = arguments["x"].view(torch.int32)
@@ -715,6 +797,9 @@ class Momentum(Case):
         direction = update.momentum(**arguments, decay=self.decay, nesterov=True, maximize=False)
         return {"buffer": arguments["buffer"], "direction": direction}
 
+    def op(self, arguments: Arguments) -> Results:
+        return {"direction": spectral_ops.momentum_update(**arguments, decay=self.decay), "buffer": arguments["buffer"]}
+
     def eager(self, arguments: Arguments) -> Results:
         buffer, g, finite = arguments.values()
         g, finite = reference.raised(g), finite[:, None, None]
@@ -742,7 +827,15 @@ class ParameterUpdate(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         update.parameter_update(**arguments, weight_decay=self.weight_decay, normalize="rms", target=self.target)
+        return self._changed(arguments)
+
+    def _changed(self, arguments: Arguments) -> Results:
         return _numbered(p=arguments["params"]) | {name: arguments[name] for name in ("step", "skipped")}
+
+    def op(self, arguments: Arguments) -> Results:
+        params = [p.unsqueeze(0) for p in arguments["params"]]
+        spectral_ops.parameter_update(**arguments | {"params": params}, weight_decay=self.weight_decay, target=self.target)
+        return self._changed(arguments)
 
     def eager(self, arguments: Arguments) -> Results:
         params, u, squares, finite, step, skipped, lr = arguments.values()
@@ -779,7 +872,16 @@ class DiagonalStep(Case):
             **arguments, weight_decay=[self.weight_decay] * len(arguments["params"]), beta1=self.beta1, beta2=self.beta2,
             gamma=1.0, eps=self.eps, batch_size=1.0, rule="adamw", maximize=False,
         )  # fmt: skip
+        return self._changed(arguments)
+
+    def _changed(self, arguments: Arguments) -> Results:
         return _numbered(p=arguments["params"], m=arguments["momenta"], s=arguments["seconds"], step=arguments["steps"])
+
+    def op(self, arguments: Arguments) -> Results:
+        spectral_ops.diagonal_update(
+            **arguments, rule="adamw", betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay
+        )
+        return self._changed(arguments)
 
     def eager(self, arguments: Arguments) -> Results:
         params, grads, momenta, seconds, steps, _, lr = arguments.values()

@@ -1,9 +1,11 @@
-"""Count what every operation costs with kernels and as a plain PyTorch composition, and the least time that takes.
+"""Count what every operation, with kernels and as a plain PyTorch composition, and every step costs, and the least time of it.
 
 python -m spectral_ops.bench model
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops.bench import output
-from spectral_ops.bench.cases import CASES, OPERANDS, Case, Operands, Work
+from spectral_ops.bench.cases import CASES, OPERANDS, Case, Operands, Work, full
 
 SIZES, BATCHES = (256, 1024, 4096), (1, 16)
 BANDWIDTH = 4.3e12  # bytes a second
@@ -24,6 +26,22 @@ each input of a launch counts once and each result once; of the composition, wha
 ratio: kernels to composition. us: floor on an H200, max(operations / rate, bytes / bandwidth), by the operands of the products.
 Measured on an H200: copy 4.3 TB/s, 8192^3 bf16 product 790 TFLOP/s, 2026-10/11; the other rates are scaled from the data sheet:
 tf32 half of bf16, bf16x3 a third, fp32 67 TFLOP/s."""
+
+# The hidden matrices of networks: rows, columns, how many.
+NETWORKS = {
+    "ViT-B": ((768, 768, 48), (3072, 768, 12), (768, 3072, 12)),
+    "GPT-2 medium": ((1024, 1024, 96), (4096, 1024, 24), (1024, 4096, 24)),
+    "Llama-1B": ((2048, 2048, 32), (512, 2048, 32), (8192, 2048, 32), (2048, 8192, 16)),
+}
+TOKENS = 2**19  # of a training step
+TRACKING = ("rotate", "average", "gram_track_both", "cayley_track_3")
+NEWTON_SCHULZ = 5
+STEP_LEGEND = f"""ms: floor of one step of all hidden matrices on an H200: the sum, over the parts of a step, of
+max(operations / rate, bytes / bandwidth). bf16: parameters, gradients and state; fp32: the same, products in float32 units.
+Muon: 5 Newton-Schulz steps, in bf16. SOAP: refreshed every step; its QR counts 8/3 n^3 operations at the full fp32 rate, which
+no QR reaches. forward and backward: 6 operations for each parameter of these matrices and each of {TOKENS:,} tokens."""
+
+Part = tuple[Work, str]  # of a step, and the operands of its products
 
 
 class Traffic(TorchDispatchMode):
@@ -80,6 +98,88 @@ def row(case: Case, n: int, batch: int) -> list[str]:
     return cells
 
 
+# --- Optimizer steps ----------------------------------------------------------------------------------------------------
+
+
+def tracking(n: int, m: int, operands: str) -> Iterator[Part]:
+    """How SpectralKron updates the factors of one matrix."""
+    kind = OPERANDS[operands]
+    for name in TRACKING:
+        yield CASES[name].work(n, m, 1, kind), operands
+    yield Work(0, 2 * kind.dtype.itemsize * (n * n + m * m)), operands  # the turned bases move to their place
+
+
+def stepping(n: int, m: int, operands: str) -> Iterator[Part]:
+    """The rest of SpectralKron's step of one matrix. Its direction is float32, whatever the parameters are."""
+    kind, after = OPERANDS[operands], {"bf16": "split"}.get(operands, operands)
+    yield Work(0, 2 * kind.gradient.itemsize * n * m), operands  # gradients are gathered
+    yield CASES["momentum"].work(n, m, 1, kind), operands
+    for name in ("apply_root", "parameter_update"):
+        yield CASES[name].work(n, m, 1, OPERANDS[after]), after
+
+
+def muon(n: int, m: int, size: int) -> Iterator[Part]:
+    """Momentum, Newton–Schulz in bf16 on the smaller side, the parameter's update."""
+    n, m = min(n, m), max(n, m)
+    yield Work(0, (3 * size + 2) * n * m), "bf16"
+    for _ in range(NEWTON_SCHULZ):
+        yield Work(full(n, n, m), 2 * (n * m + n * n)), "bf16"
+        yield Work(full(n, n, n), 2 * 2 * n * n), "bf16"
+        yield Work(full(n, m, n), 2 * (2 * n * m + n * n)), "bf16"
+    yield Work(0, (2 * size + 2) * n * m), "bf16"
+
+
+def soap(n: int, m: int) -> Iterator[Part]:
+    """In float32: gradient and momentum into the bases, the update back, both Gram matrices, power iterations and their QR."""
+    words = n * n + m * m + 2 * n * m
+    yield Work(0, 4 * 8 * n * m), "fp32"  # both moments and the parameter, read and written; the gradient, the update
+    for _ in range(3):
+        yield Work(full(n, m, n) + full(n, m, m), 4 * words), "fp32"
+    for side, other in ((n, m), (m, n)):
+        yield Work(full(side, side, other), 4 * (side * other + 2 * side * side)), "fp32"
+        yield Work(full(side, side, side), 4 * 3 * side * side), "fp32"
+        yield Work(8 / 3 * side**3, 4 * 2 * side * side), "fp32"
+
+
+def floors(parts: Iterator[Part]) -> float:
+    """Least seconds of parts that come one after the other."""
+    return sum(floor(work, operands) for work, operands in parts)
+
+
+def spectral_kron(n: int, m: int, operands: str, interval: int) -> float:
+    return floors(tracking(n, m, operands)) / interval + floors(stepping(n, m, operands))
+
+
+def adamw(n: int, m: int, size: int) -> float:
+    """Fused: the parameter and both moments are read and written, the gradient is read."""
+    return floor(Work(0, 7 * size * n * m), "bf16")
+
+
+# Least seconds of a step of one matrix.
+STEPS: dict[str, Callable[[int, int], float]] = {
+    f"SpectralKron {operands}, interval {interval}": partial(spectral_kron, operands=operands, interval=interval)
+    for operands in ("bf16", "fp32")
+    for interval in (1, 2, 10)
+} | {
+    "Muon bf16": lambda n, m: floors(muon(n, m, size=2)),
+    "Muon fp32": lambda n, m: floors(muon(n, m, size=4)),
+    "AdamW bf16": partial(adamw, size=2),
+    "AdamW fp32": partial(adamw, size=4),
+    "SOAP fp32": lambda n, m: floors(soap(n, m)),
+    "forward and backward, bf16": lambda n, m: 6 * n * m * TOKENS / RATES["bf16"],
+}
+
+
+def step_floor(name: str, network: str) -> float:
+    """Least seconds on an H200 of one optimizer's step of all hidden matrices of a network."""
+    return sum(count * STEPS[name](n, m) for n, m, count in NETWORKS[network])
+
+
+def step_table() -> list[list[str]]:
+    rows = [[name, *(f"{1e3 * step_floor(name, network):.2f}" for network in NETWORKS)] for name in STEPS]
+    return [["one step, ms", *NETWORKS], *rows]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench model", description=__doc__.splitlines()[0])
     parser.parse_args(argv)
@@ -88,3 +188,5 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(case, n, batch) for case in CASES.values() for n in SIZES for batch in BATCHES]
     print(output.table([header, *rows]))
     print(LEGEND)
+    print(f"\n{output.table(step_table())}")
+    print(STEP_LEGEND)

@@ -37,14 +37,14 @@ def training_table(finished: list[Curve], unfinished: Curve | None = None) -> st
 
 
 def _training_row(label: str, curves: list[Curve], targets: dict[str, dict[int, Curve]]) -> list[str]:
-    row = [label, _mean([c.loss[-1] for c in curves], ".4f")]
+    row = [label, mean([c.loss[-1] for c in curves], ".4f")]
     for name, by_seed in targets.items():
         reached = [_reached(c, by_seed.get(c.seed)) for c in curves]
         if name == "adamw":
-            row += [_mean([r and r[0] for r in reached], ".0f"), _mean([r and r[1] for r in reached], ".1f")]
-        row.append(_mean([r and r[2] for r in reached], ".3f"))
+            row += [mean([r and r[0] for r in reached], ".0f"), mean([r and r[1] for r in reached], ".1f")]
+        row.append(mean([r and r[2] for r in reached], ".3f"))
     share = sum(c.optimizer_seconds for c in curves) / sum(c.seconds[-1] for c in curves)
-    ms = _mean([1e3 * c.optimizer_seconds / c.steps[-1] for c in curves], ".2f")
+    ms = mean([1e3 * c.optimizer_seconds / c.steps[-1] for c in curves], ".2f")
     return [*row, f"{share:.0%}", ms, f"{curves[0].state_bytes_per_parameter:.1f}"]
 
 
@@ -56,7 +56,7 @@ def _reached(curve: Curve, target: Curve | None) -> tuple[float, float, float] |
     return *reached, reached[0] / target.steps[-1]
 
 
-def _mean(values: list[float | None], form: str) -> str:
+def mean(values: list[float | None], form: str) -> str:
     """Mean and, of several, the standard deviation; how many count where some runs never reached the target."""
     known = [v for v in values if v is not None]
     if not known:
@@ -68,13 +68,27 @@ def _mean(values: list[float | None], form: str) -> str:
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
-def write_curves(path: Path, curves: list[Curve]) -> None:
+def runs(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """The rows of a file, those of each run together."""
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["seed"]), []).append(row)
+    return list(found.values())
+
+
+def curve(rows: list[dict[str, str]]) -> Curve:
+    """A run from its rows in a file."""
+    steps, loss, seconds = ([float(row[name]) for row in rows] for name in ("step", "loss", "seconds"))
+    return Curve(rows[0]["method"], int(rows[0]["seed"]), [int(step) for step in steps], loss, seconds)
+
+
+def write_curves(path: Path, curves: list[Curve], source: dict[str, str]) -> None:
     rows = (
-        [c.method, c.seed, step, f"{loss:.6f}", f"{seconds:.4f}"]
+        [c.method, c.seed, step, f"{loss:.6f}", f"{seconds:.4f}", *source.values()]
         for c in curves
         for step, loss, seconds in zip(c.steps, c.loss, c.seconds, strict=True)
     )
-    output.write_csv(path, ["method", "seed", "step", "loss", "seconds"], rows)
+    output.write_csv(path, ["method", "seed", "step", "loss", "seconds", *source], rows)
 
 
 def plot_curves(path: Path, curves: list[Curve], title: str) -> None:

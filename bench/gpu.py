@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_ops import reference
-from spectral_ops._library import without_kernels
 from spectral_ops.bench import kernels, output, steps, tune
-from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judged, restore, unit
+from spectral_ops.bench.aot import choices
+from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Results, fresh, judge, restore
 from spectral_ops.bench.optimizers import OPTIMIZERS, Build
-from spectral_ops.bench.tasks import Text
 from spectral_ops.kernels import rounding, update
-from spectral_ops.optim import SpectralKron
 
 SHAPES = (
     (1, 1, 1), (2, 7, 3), (7, 2, 3), (16, 33, 3), (33, 16, 2), (64, 64, 3), (64, 100, 1), (100, 64, 3), (128, 250, 2),
@@ -39,7 +37,6 @@ REPEATS = 100
 ROUNDED = (3, 256, 512)  # the shape of all numbers that are rounded
 WORKERS = 12
 CAPTURED = ((64, 48), (64, 48), (48, 64), (3, 32, 48), (33, 7), (48,), ())  # parameters of the captured steps
-TEXT_SECONDS = 40  # that the text model's steps take at most
 CHECKING = ("correctness", "rounding", "same bits", "captured steps")  # sections whose failure is a failed check
 PRINTED = 12_000  # characters of the summary
 
@@ -66,31 +63,16 @@ class Check:
 
 @dataclass
 class Findings:
-    """What the sections leave behind."""
+    """What the sections leave behind; the table of tiles goes to `out` itself."""
 
+    out: Path = Path("out")
     checks: list[Check] = field(default_factory=list)
     timings: list[kernels.Timing] = field(default_factory=list)
-    steps: list[list[str]] = field(default_factory=list)
+    stepped: list[steps.Timing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 # --- Correctness --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """`torch.empty` gives NaN, so that an element no program wrote shows."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        x = empty(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-77 if x.dtype != torch.bool else 1)
-
-    torch.empty = filled
-    try:
-        yield
-    finally:
-        torch.empty = empty
 
 
 def check_case(op: str, operands: str, shapes: Iterable[tuple[int, int, int]], device: str, deadline: float) -> list[Check]:
@@ -103,11 +85,7 @@ def check_case(op: str, operands: str, shapes: Iterable[tuple[int, int, int]], d
             continue
         try:
             with kind.setting(), torch.no_grad():
-                arguments = case.arguments(*shape, kind, device)
-                wanted, eager = case.reference(arguments), case.eager(fresh(arguments))
-                with poisoned():
-                    results = case.run(fresh(arguments))
-                checks += [row(*verdict) for verdict in judged(case, results, eager, wanted, unit(kind))]
+                checks += [row(*found) for found in judge(case, case.run, case.arguments(*shape, kind, device), kind)]
         except Exception as error:  # the other shapes still count
             checks.append(row("", float("nan"), 0, 0, f"{type(error).__name__}: {str(error)[:300]}"))
         if device == "cuda":
@@ -291,87 +269,60 @@ def replayed_steps(build: Build, dtype: torch.dtype, device: str, capture: Captu
     return f"differs in a graph: {other}" if other else ""
 
 
-# --- Optimizer steps ----------------------------------------------------------------------------------------------------
-
-
-class Candidate:
-    """An optimizer on the matrices of a 12-layer transformer of width 768, with gradients that stay."""
-
-    def __init__(self, build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], plain: bool, layers: int, width: int):
-        generator = torch.Generator("cuda").manual_seed(0)
-        shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
-        self.parameters = [nn.Parameter(0.02 * torch.randn(s, device="cuda", generator=generator)) for s in shapes]
-        for p in self.parameters:
-            p.grad = torch.randn(p.shape, device="cuda", generator=generator)
-        self.optimizer, self.plain = build(self.parameters), plain
-
-    def step(self) -> None:
-        with without_kernels() if self.plain else nullcontext():
-            self.optimizer.step()
-
-
-def optimizer_steps(found: Findings, deadline: float, layers: int = 12, width: int = 768) -> None:
-    """Milliseconds a step, SpectralKron with its kernels against itself without them and against others."""
-    kron: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "spectral_kron": lambda p: SpectralKron(p, lr=1e-3),
-        "spectral_kron, bf16 factors": lambda p: SpectralKron(p, lr=1e-3, preconditioner_dtype=torch.bfloat16),
-        "spectral_kron, bf16, interval 2": lambda p: SpectralKron(
-            p, lr=1e-3, preconditioner_dtype=torch.bfloat16, update_interval=2
-        ),
-    }
-    others: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "muon": lambda p: torch.optim.Muon(p, lr=1e-3), "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)
-    }  # fmt: skip
-    builds = {name: (build, False) for name, build in (kron | others).items()}
-    builds |= {f"{name}, without kernels": (build, True) for name, build in kron.items()}
-    candidates = {name: Candidate(build, plain, layers, width) for name, (build, plain) in builds.items()}
-    for candidate in candidates.values():
-        for _ in range(6):
-            candidate.step()
-
-    def pair(candidate: Candidate) -> None:  # the longest interval
-        candidate.step()
-        candidate.step()
-
-    limit = max(1.0, min(3.0, (deadline - time.time()) / len(candidates)))
-    times = kernels.interleaved({name: partial(pair, c) for name, c in candidates.items()}, limit=limit)
-    label = f"{layers} layers of {width}"
-    for name, values in times.items():
-        p20, p50, p80 = (f"{1e3 * value / 2:.3f}" for value in kernels.percentiles(values))
-        found.steps.append([label, name, p50, p20, p80])
-
-
-def text_steps(found: Findings, deadline: float, preset: str = "gpu") -> None:
-    if deadline - time.time() < TEXT_SECONDS:
-        found.notes.append("no time was left for the text model's steps")
-        return
-    for row in steps.summarize(steps.measure(Text(preset, device="cuda"), rounds=5)):
-        found.steps.append([f"text, {preset}", *row[:4]])
-
-
 # --- The command --------------------------------------------------------------------------------------------------------
 
 
 def benchmarks(found: Findings, deadline: float) -> None:
-    rows, notes = kernels.benchmark(CASES, deadline)
+    rows, notes = kernels.benchmark(CASES, "cuda", deadline)
     found.timings += rows
     found.notes += notes
 
 
-def tuning(found: Findings, deadline: float, out: Path) -> None:
+def optimizer_steps(found: Findings, deadline: float, settings: Sequence[steps.Setting] = (), device: str = "cuda") -> None:
+    """Setting by setting, as far as the time lasts."""
+    for setting in settings or steps.SETTINGS[device]:
+        if time.time() > deadline:
+            found.notes.append(f"no time was left for the steps of {setting.name}, {setting.layers} of {setting.width}")
+            continue
+        found.stepped += steps.measure(setting, device, deadline=deadline)
+        torch.cuda.empty_cache()
+
+
+def tuning(found: Findings, deadline: float) -> None:
     """As many of the tiles as there is time for; `tune` alone does them all."""
     measured = tune.search(tune.Timer(tune.kernel_seconds, tune.plain_seconds), tune.jobs(tune.SOURCES), deadline)
     if measured:
-        path = tune.write(out, measured, kernels.provenance(), "make gpu", torch.cuda.get_device_capability())
+        path = tune.write(found.out, measured, kernels.provenance(), "make gpu", torch.cuda.get_device_capability())
         found.notes.append(f"{path}: {len(measured)} measured entries")
 
 
 Section = tuple[str, float, Callable[[Findings, float], None]]
+SECTIONS: list[Section] = [  # and their seconds
+    ("correctness", 170, correctness),
+    ("rounding", 10, lambda found, deadline: roundings(found, "cuda")),
+    ("same bits", 40, bits),
+    ("captured steps", 30, captured_steps),
+    ("kernels", 120, benchmarks),
+    ("optimizer steps", 100, optimizer_steps),
+    ("tiles", 50, tuning),
+]
 
 
-def run_sections(sections: Iterable[Section], found: Findings, clock: Callable[[], float] = time.time) -> list[str]:
-    """Run each section with its seconds and what the ones before it left over; one that fails does not stop the others.
-    Returns a line about each."""
+def planned(names: Sequence[str]) -> list[Section]:
+    """The sections of these names; fewer of them have more time each."""
+    chosen = [section for section in SECTIONS if section[0] in names]
+    more = sum(seconds for _, seconds, _ in SECTIONS) / sum(seconds for _, seconds, _ in chosen)
+    return [(name, more * seconds, function) for name, seconds, function in chosen]
+
+
+def run_sections(
+    sections: Iterable[Section],
+    found: Findings,
+    keep: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.time,
+) -> list[str]:
+    """Run each section with its seconds and what the ones before it left over; one that fails does not stop the others. After
+    each, `keep` what was found so far: the machine may not last. Returns a line about each."""
     end, lines = clock(), []
     for name, budget, function in sections:
         start, end = clock(), end + budget
@@ -383,6 +334,7 @@ def run_sections(sections: Iterable[Section], found: Findings, clock: Callable[[
             lines.append(f"{name}: {type(error).__name__}: {str(error)[:300]}, after {clock() - start:.0f} s")
             if name in CHECKING:
                 found.checks.append(Check("section", name, "", 0, 0, 0, "", 0, 0, 0, f"{type(error).__name__}"))
+        keep()
     return lines
 
 
@@ -395,7 +347,8 @@ def summary(found: Findings, lines: list[str], source: dict[str, str]) -> str:
     failed = failures(found.checks)
     missing = sum(check.verdict == "not run" for check in found.checks)
     texts = [f"{c.kind} {c.op} {c.operands} {c.n} x {c.m} x {c.batch} {c.result}: {c.verdict}" for c in failed[:30]]
-    timed = [output.table([["setting", "optimizer", "ms a step", "p20", "p80"], *found.steps])] if found.steps else []
+    key = attrgetter("setting", "width", "layers")
+    timed = [f"\n{steps.table(list(rows))}" for _, rows in groupby(found.stepped, key)]
     versions = f"{output.describe(source)}, Triton {source['triton']}, driver {source['driver']}"
     count = f"{len(found.checks) - missing} checks, {len(failed)} failed, {missing} not run"
     end = "\n".join([*timed, "", *found.notes[:20], *lines, *texts, versions, count])
@@ -405,33 +358,26 @@ def summary(found: Findings, lines: list[str], source: dict[str, str]) -> str:
     return "\n".join([*kept, "", end])[-PRINTED:]
 
 
-def save(out: Path, found: Findings, source: dict[str, str]) -> None:
-    kernels.write(out / "checks.csv", found.checks, source)
-    kernels.save(out, found.timings, source)
-    header = ["setting", "optimizer", "median_ms", "p20_ms", "p80_ms", *source]
-    output.write_csv(out / "steps.csv", header, [[*row, *source.values()] for row in found.steps])
+def save(found: Findings, source: dict[str, str]) -> None:
+    source = source | {"command": "make gpu"}
+    output.write_rows(found.out / "checks.csv", found.checks, source)
+    output.write_rows(found.out / "kernels-cuda.csv", found.timings, source)
+    output.write_rows(found.out / "steps-cuda.csv", found.stepped, source)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench gpu", description=__doc__.splitlines()[0])
-    default = Path(os.environ.get("OUT") or "out")
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"for CSV, plot and table; default: {default}")
+    default, names = Path(os.environ.get("OUT") or "out"), [name for name, _, _ in SECTIONS]
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"for CSV and table; default: {default}")
+    parser.add_argument(
+        "--sections", type=lambda text: choices(text, names), default=names, metavar="LIST",
+        help=f"of {','.join(names)}, which share nine minutes; default: all",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     kernels.require_gpu()
 
-    source, found = kernels.provenance(), Findings()
-    sections: list[Section] = [
-        ("correctness", 170, correctness),
-        ("rounding", 10, lambda found, deadline: roundings(found, "cuda")),
-        ("same bits", 40, bits),
-        ("captured steps", 30, captured_steps),
-        ("kernels", 120, benchmarks),
-        ("optimizer steps", 40, optimizer_steps),
-        ("text steps", 45, text_steps),
-        ("tiles", 50, partial(tuning, out=options.out)),
-    ]
-    lines = run_sections([*sections], found)
-    save(options.out, found, source)
+    source, found = kernels.provenance(), Findings(options.out)
+    lines = run_sections(planned(options.sections), found, lambda: save(found, source))
     print(summary(found, lines, source))
     if failures(found.checks):
         raise SystemExit(1)

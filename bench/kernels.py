@@ -1,37 +1,77 @@
-"""Time every operation on a GPU: its kernels against the plain PyTorch composition and against the card's own limits.
+"""Time every operation against the plain PyTorch composition, the same compiled, and what the machine itself reaches.
 
-python -m spectral_ops.bench kernels --op gram,rotate
+python -m spectral_ops.bench kernels --op gram,kron_track
 """
 
 import argparse
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_ops.bench import output
 from spectral_ops.bench.aot import choices
-from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Operands, Work
+from spectral_ops.bench.cases import CASES, OPERANDS, Arguments, Case, Work, judge
+from spectral_ops.bench.training import configure
 
-# What is timed, the most telling first, as far as the time lasts. The shapes are those of a 12-layer transformer of width 768
-# and of squares; a batch is the layers that are stepped together.
-SHAPES = (
-    (1024, 1024, 1), (1024, 1024, 12), (768, 3072, 12), (4096, 4096, 1), (256, 256, 1), (256, 256, 48), (2048, 2048, 1),
-    (768, 768, 12), (64, 64, 96), (512, 512, 12), (128, 128, 48), (2048, 2048, 8), (8192, 8192, 1),
-)  # fmt: skip
-CACHES = 3  # inputs are this many times the L2, in rotation
+
+class Shape(NamedTuple):
+    """The weights of a model, or another class of matrices; the batch is the layers that are stepped together."""
+
+    model: str
+    n: int
+    m: int
+    batch: int
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.n, self.m, self.batch
+
+
+VIT, GPT, LLAMA, SMALL, SQUARE = "ViT-B", "GPT-2 medium", "Llama-1B", "small", "square"
+# What is timed, the most telling first, as far as the time lasts.
+SHAPES = {
+    "cuda": (
+        Shape(GPT, 1024, 1024, 24), Shape(VIT, 3072, 768, 12), Shape(SMALL, 128, 128, 48), Shape(LLAMA, 2048, 2048, 16),
+        Shape(SQUARE, 1024, 1024, 1), Shape(SQUARE, 256, 256, 1), Shape(SQUARE, 4096, 4096, 1), Shape(VIT, 768, 768, 12),
+        Shape(LLAMA, 512, 2048, 16), Shape(SMALL, 64, 64, 96), Shape(GPT, 4096, 1024, 24), Shape(SMALL, 256, 256, 48),
+        Shape(LLAMA, 8192, 2048, 2), Shape(SQUARE, 2048, 2048, 1), Shape(SQUARE, 1024, 1024, 12),
+        Shape(SQUARE, 512, 512, 12), Shape(SQUARE, 2048, 2048, 8), Shape(SQUARE, 8192, 8192, 1),
+    ),
+    "cpu": (Shape(SMALL, 96, 96, 12), Shape(VIT, 768, 768, 1), Shape(SMALL, 64, 64, 12), Shape(SQUARE, 256, 256, 2)),
+}  # fmt: skip
+COMPILED = 2  # of the shapes, the first ones: compiling takes seconds for each
+OTHER_OPERANDS = 6  # of the shapes, the first ones, with other operands than an operation's first
+CACHES = 3  # inputs are this many times the cache, in rotation
+CORE_CACHE = 2**21  # bytes, about what a core of a CPU has for itself
 SETS = 64  # at most
 ROUNDS, WARMUP = 30, 3
-SECONDS = 0.4  # for one provider and shape
+SECONDS = {"cuda": 0.4, "cpu": 0.6}  # for one provider and shape
+# Numbers in the large copy, and sides of the square products, by operands.
+ROOFS = {"cuda": (2**28, {"bf16": 8192, "fp16": 8192, "fp32": 4096, "fp32 medium": 8192}), "cpu": (2**25, {"fp32": 1024})}
+WORKERS = 12  # that compile
+COMPILE_SECONDS = 45  # that they have
+
+
+class Job(NamedTuple):
+    """What is timed in one go, with `torch.compile` or without."""
+
+    op: str
+    shape: Shape
+    operands: str
+    compiled: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +80,7 @@ class Timing:
 
     op: str
     provider: str
+    model: str
     n: int
     m: int
     batch: int
@@ -49,13 +90,16 @@ class Timing:
     p80_us: float
     tflops: float
     gb_per_s: float
-    roof: float  # share of what the card reached in a plain product or copy
+    roof: float  # share of what the machine reached in a plain product or copy
+    roof_tflops: float
+    roof_gb_per_s: float
     graph: bool  # whether replayed from a CUDA graph
+    gate: str  # of ours: "passed" where it agreed with float64, "failed: …" or "not run"
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What the card reaches, measured on the spot: operations a second by operands, and bytes a second of a large copy."""
+    """What the machine reaches, measured on the spot: operations a second by operands, and bytes a second of a large copy."""
 
     flops: Mapping[str, float]
     bytes: float
@@ -112,14 +156,23 @@ def seconds(function: Callable[[], Any]) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
+def host_seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+CLOCKS = {"cuda": seconds, "cpu": host_seconds}
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     clock: Callable[[Callable[[], Any]], float] = seconds,
-    limit: float = SECONDS,
+    limit: float = SECONDS["cuda"],
     rounds: int = ROUNDS,
 ) -> dict[str, list[float]]:
-    """Times of each function. Every round has an order of its own, so that what else slows the card hits all alike; there are
-    fewer rounds if they would take longer than `limit` for each function."""
+    """Times of each function. Every round has an order of its own, so that what else slows the machine hits all alike; there
+    are fewer rounds if they would take longer than `limit` for each function."""
     warm = {name: min(clock(function) for _ in range(WARMUP)) for name, function in functions.items()}
     count = max(5, min(rounds, int(limit * len(functions) / max(sum(warm.values()), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -131,12 +184,13 @@ def interleaved(
     return times
 
 
-def input_sets(case: Case, n: int, m: int, batch: int, operands: Operands) -> list[Arguments]:
-    """As many different inputs as it takes to leave the L2 behind."""
-    first = case.arguments(n, m, batch, operands, "cuda")
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+def input_sets(job: Job, device: str) -> list[Arguments]:
+    """As many different inputs as it takes to leave the cache behind."""
+    make = partial(CASES[job.op].arguments, *job.shape.size, OPERANDS[job.operands], device)
+    first = make()
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CORE_CACHE
     count = min(SETS, math.ceil(CACHES * cache / max(1, size(first))))
-    return [first, *(case.arguments(n, m, batch, operands, "cuda", seed) for seed in range(1, count))]
+    return [first, *(make(seed) for seed in range(1, count))]
 
 
 def size(value: Any) -> int:
@@ -153,94 +207,165 @@ def full_product(arguments: Arguments) -> Tensor:
     return arguments["x"] @ arguments["x"].mT
 
 
-def providers(case: Case) -> dict[str, Callable[[Arguments], Any]]:
-    found: dict[str, Callable[[Arguments], Any]] = {"kernel": case.run, "eager": case.eager}
-    return found | {"cublas": full_product} if case.name == "gram" else found
+def compiled(case: Case) -> Callable[[Arguments], Any]:
+    """The composition by `torch.compile`, for one shape."""
+    torch.compiler.reset()  # what was compiled for other shapes counts towards a limit
+    return torch.compile(case.eager, dynamic=False)
 
 
-def timings(case: Case, shape: tuple[int, int, int], operands: str, roof: Roof) -> list[Timing]:
+def ours(case: Case, device: str) -> Callable[[Arguments], Any]:
+    """On a GPU the launches alone, elsewhere the public op."""
+    return case.run if device == "cuda" else case.op
+
+
+def providers(job: Job, device: str) -> dict[str, Callable[[Arguments], Any]]:
+    case = CASES[job.op]
+    found = {"ours": ours(case, device), "eager": case.eager}
+    if job.compiled:
+        found["compiled"] = compiled(case)
+    if job.op == "gram" and device == "cuda":
+        found["cublas"] = full_product
+    return found
+
+
+def measure(job: Job, device: str) -> tuple[dict[str, list[float]], set[str]]:
+    """Seconds of a call of each provider, and which of them were replayed from a CUDA graph."""
+    sets = input_sets(job, device)
+
+    def rotation(provider: Callable[[Arguments], Any]) -> None:
+        for arguments in sets:
+            provider(arguments)
+
+    functions: dict[str, Callable[[], Any]] = {name: partial(rotation, f) for name, f in providers(job, device).items()}
+    graphs = {}
+    if device == "cuda":
+        graphs = {name: graph for name, function in functions.items() if (graph := captured(function))}
+    times = interleaved(functions | graphs, CLOCKS[device], SECONDS[device])
+    return {name: [value / len(sets) for value in values] for name, values in times.items()}, set(graphs)
+
+
+def gate(job: Job, device: str, deadline: float = math.inf) -> str:
+    """Whether ours agrees with float64 at this shape, on the first of the inputs that are timed."""
+    if time.time() > deadline:
+        return "not run"
+    case, kind = CASES[job.op], OPERANDS[job.operands]
+    try:
+        found = judge(case, ours(case, device), case.arguments(*job.shape.size, kind, device), kind)
+    except Exception as error:  # the timing still tells something
+        return f"failed: {type(error).__name__}: {str(error)[:200]}"
+    faults = "; ".join(f"{one.result}: {one.verdict}" for one in found if one.verdict)
+    return f"failed: {faults}" if faults else "passed"
+
+
+def timings(job: Job, roof: Roof, device: str, deadline: float = math.inf) -> list[Timing]:
     """All providers of an operation at one shape."""
-    kind = OPERANDS[operands]
+    kind = OPERANDS[job.operands]
     with kind.setting(), torch.no_grad():
-        sets = input_sets(case, *shape, kind)
-        work = case.work(*shape, kind)
-
-        def rotation(provider: Callable[[Arguments], Any]) -> None:
-            for arguments in sets:
-                provider(arguments)
-
-        functions = {name: partial(rotation, provider) for name, provider in providers(case).items()}
-        graphs = {name: captured(function) for name, function in functions.items()}
-        times = interleaved({name: graphs[name] or function for name, function in functions.items()})
+        times, graphs = measure(job, device)
+        passed = gate(job, device, deadline)
+    work = CASES[job.op].work(*job.shape.size, kind)
     rows = []
     for name, values in times.items():
-        p20, p50, p80 = (value / len(sets) for value in percentiles(values))
-        rates = work.flops / p50 / 1e12, work.bytes / p50 / 1e9, roof.share(work, operands, p50)
-        known = graphs[name] is not None
-        rows.append(Timing(case.name, name, *shape, operands, 1e6 * p20, 1e6 * p50, 1e6 * p80, *rates, known))
+        p20, p50, p80 = output.percentiles(values)
+        rows.append(Timing(
+            job.op, name, *job.shape, job.operands, 1e6 * p20, 1e6 * p50, 1e6 * p80,
+            work.flops / p50 / 1e12, work.bytes / p50 / 1e9, roof.share(work, job.operands, p50),
+            roof.flops[job.operands] / 1e12, roof.bytes / 1e9, name in graphs, passed if name == "ours" else "",
+        ))  # fmt: skip
     return rows
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[-1]
-
-
-def measure_roof() -> Roof:
-    """A copy of a gigabyte, and square products of random matrices with every kind of operands."""
+def measure_roof(device: str) -> Roof:
+    """A large copy, and square products of random matrices with every kind of operands."""
 
     def median(function: Callable[[], Any]) -> float:
-        return statistics.median(interleaved({"": function}, rounds=15)[""])
+        return statistics.median(interleaved({"": function}, CLOCKS[device], rounds=15)[""])
 
-    source = torch.randn(2**28, device="cuda")
+    numbers, sides = ROOFS[device]
+    source = torch.randn(numbers, device=device)
     copy = torch.empty_like(source)
     bandwidth = 2 * size(source) / median(partial(copy.copy_, source))
     flops = {}
-    for name, n in (("bf16", 8192), ("fp16", 8192), ("fp32", 4096), ("fp32 medium", 8192)):
-        a, b = (torch.randn(n, n, device="cuda").to(OPERANDS[name].dtype) for _ in range(2))
+    for name, n in sides.items():
+        a, b = (torch.randn(n, n, device=device).to(OPERANDS[name].dtype) for _ in range(2))
         with OPERANDS[name].setting():
             flops[name] = 2 * n**3 / median(partial(torch.matmul, a, b))
-    return Roof(flops | {"split": flops["bf16"] / 2, "fp32 high": flops["bf16"] / 3}, bandwidth)
+    if "bf16" in flops:
+        flops |= {"split": flops["bf16"] / 2, "fp32 high": flops["bf16"] / 3}
+    return Roof(flops, bandwidth)
 
 
-def plan(ops: Iterable[str]) -> Iterator[tuple[Case, tuple[int, int, int], str]]:
-    """What to time, the most telling first."""
-    cases = [CASES[name] for name in ops]
-    yield from ((case, shape, case.operands[0]) for shape in SHAPES for case in cases)
-    for operands in OPERANDS:
-        yield from ((case, shape, operands) for shape in SHAPES[:6] for case in cases if operands in case.operands[1:])
+# --- What is timed ------------------------------------------------------------------------------------------------------
 
 
-def benchmark(ops: Iterable[str], deadline: float) -> tuple[list[Timing], list[str]]:
+def default_ops(device: str) -> list[str]:
+    """On a CPU the public ops, and of the Cayley maps the default alone: the others would take as long again to compile."""
+    if device == "cuda":
+        return list(CASES)
+    maps = [f"cayley_track_{order}" for order in (2, 4, 8)]
+    return [name for name, case in CASES.items() if case.has_op and name not in maps]
+
+
+def plan(ops: Iterable[str], device: str) -> Iterator[Job]:
+    """What to time, the most telling first. On a CPU in float32 alone: most have no units for less."""
+    ops, shapes = list(ops), SHAPES[device]
+    for i, shape in enumerate(shapes):
+        for op in ops:
+            yield Job(op, shape, CASES[op].operands[0] if device == "cuda" else "fp32", i < COMPILED)
+    if device == "cuda":
+        for operands in OPERANDS:
+            for shape in shapes[:OTHER_OPERANDS]:
+                yield from (Job(op, shape, operands, False) for op in ops if operands in CASES[op].operands[1:])
+
+
+def compile_job(job: Job, device: str) -> None:
+    """Leave what `torch.compile` makes of a composition in Inductor's cache on disk."""
+    case, kind = CASES[job.op], OPERANDS[job.operands]
+    with kind.setting(), torch.no_grad():
+        compiled(case)(case.arguments(*job.shape.size, kind, device))
+
+
+def precompiled(jobs: Iterable[Job], device: str, until: float) -> list[Job]:
+    """Those of the jobs that many processes compiled in time: what this one compiles of them comes from their cache."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Inductor would start a pool in each process
+    done = []
+    threads = (torch.get_num_threads(),)  # which the keys of the cache contain
+    with multiprocessing.get_context("spawn").Pool(WORKERS, torch.set_num_threads, threads) as pool:
+        waiting = [(job, pool.apply_async(compile_job, (job, device))) for job in jobs]
+        for job, result in waiting:
+            try:
+                result.get(max(0.0, until - time.time()))
+                done.append(job)
+            except Exception:  # too late, or a composition that does not compile: it is timed without
+                continue
+    return done
+
+
+def benchmark(ops: Iterable[str], device: str, deadline: float) -> tuple[list[Timing], list[str]]:
     """Timings until the deadline, and what went wrong or was left out."""
-    roof, rows, notes = measure_roof(), [], []
-    notes.append(f"roof: copy {roof.bytes / 1e12:.2f} TB/s, " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in roof.flops.items()))
-    jobs = list(plan(ops))
-    for done, (case, shape, operands) in enumerate(jobs):
+    jobs, rows, notes = list(plan(ops, device)), [], []
+    if device == "cuda":  # where minutes are few and cores are many
+        wanted = [job for job in jobs if job.compiled]
+        done = precompiled(wanted, device, min(deadline, time.time() + COMPILE_SECONDS))
+        jobs = [job._replace(compiled=job in done) for job in jobs]
+        notes.append(f"compiled in time: {len(done)} of {len(wanted)} compositions")
+    roof = measure_roof(device)
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in roof.flops.items())
+    notes.append(f"roof: copy {roof.bytes / 1e9:.3g} GB/s; TFLOP/s: {rates}")
+    for i, job in enumerate(jobs):
         if time.time() > deadline:
-            notes.append(f"no time was left for {len(jobs) - done} of {len(jobs)} timings")
+            notes.append(f"no time was left for {len(jobs) - i} of {len(jobs)} timings")
             break
         try:
-            rows += timings(case, shape, operands, roof)
+            rows += timings(job, roof, device, deadline)
         except Exception as error:  # the other timings still count
-            notes.append(f"{case.name} {shape} {operands}: {type(error).__name__}: {str(error)[:200]}")
-            torch.cuda.empty_cache()
+            notes.append(f"{job.op} {job.shape.size} {job.operands}: {type(error).__name__}: {str(error)[:200]}")
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return rows, notes
 
 
 # --- What is written ----------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, rows: list[Any], source: dict[str, str]) -> None:
-    """Dataclasses as CSV, each with where it comes from."""
-    if rows:
-        header = [field.name for field in fields(rows[0])]
-        output.write_csv(path, [*header, *source], [[*map(cell, asdict(row).values()), *source.values()] for row in rows])
-
-
-def cell(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def by_shape(rows: Iterable[Timing]) -> dict[tuple[Any, ...], dict[str, Timing]]:
@@ -251,70 +376,51 @@ def by_shape(rows: Iterable[Timing]) -> dict[tuple[Any, ...], dict[str, Timing]]
 
 
 def ratios(rows: Iterable[Timing]) -> str:
-    """The kernels against the others: microseconds, how many times as fast, share of the roof."""
-    header = "operation,operands,n x m x batch,kernel us,eager us,times,cublas us,TFLOP/s,GB/s,roof"
-    lines = [header.split(",")]
+    """Ours and the others: microseconds, how many times as fast ours is, where it agreed with float64, share of the roof."""
+    rows = list(rows)
+    others = [name for name in ("eager", "compiled", "cublas") if any(row.provider == name for row in rows)]
+    header = [column for other in others for column in (f"{other} us", "times")]
+    lines = [["operation", "operands", "model", "n x m x batch", "ours us", *header, "TFLOP/s", "GB/s", "roof"]]
     for (op, operands, n, m, batch), group in by_shape(rows).items():
-        kernel, eager, cublas = (group.get(name) for name in ("kernel", "eager", "cublas"))
-        if kernel is None:
+        ours = group.get("ours")
+        if ours is None:
             continue
+        cells = []
+        for other in others:
+            if other in group:
+                times = f"{group[other].p50_us / ours.p50_us:.2f}" if ours.gate == "passed" else "refused"
+                cells += [f"{group[other].p50_us:.1f}", times]
+            else:
+                cells += ["-", "-"]
         lines.append([
-            op, operands, f"{n} x {m} x {batch}", f"{kernel.p50_us:.1f}", f"{eager.p50_us:.1f}" if eager else "-",
-            f"{eager.p50_us / kernel.p50_us:.2f}" if eager else "-", f"{cublas.p50_us:.1f}" if cublas else "-",
-            f"{kernel.tflops:.0f}", f"{kernel.gb_per_s:.0f}", f"{kernel.roof:.2f}",
+            op, operands, ours.model, f"{n} x {m} x {batch}", f"{ours.p50_us:.1f}", *cells,
+            f"{ours.tflops:.3g}", f"{ours.gb_per_s:.3g}", f"{ours.roof:.2f}",
         ])  # fmt: skip
     return output.table(lines)
 
 
-def plot(path: Path, rows: Iterable[Timing], title: str) -> None:
-    """How many times as fast as the composition, and the share of the roof, for each operation with its first operands."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    points: dict[str, list[tuple[int, float, float]]] = {}
-    for (op, operands, n, m, batch), group in by_shape(rows).items():
-        if operands == CASES[op].operands[0] and n == m and {"kernel", "eager"} <= set(group):
-            times = group["eager"].p50_us / group["kernel"].p50_us
-            points.setdefault(f"{op}, batch" if batch > 1 else op, []).append((n, times, group["kernel"].roof))
-    for name, values in points.items():
-        sizes, *heights = zip(*sorted(values), strict=True)
-        style = "o--" if name.endswith("batch") else "o-"
-        for panel, y in zip(panels, heights, strict=True):
-            panel.plot(sizes, y, style, label=name, linewidth=1.2, markersize=3)
-    for panel, label in zip(panels, ("times as fast as eager PyTorch", "share of the roof"), strict=True):
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("n")
-        panel.set_title(label)
-        panel.grid(alpha=0.3)
-    panels[0].axhline(1, color="black", linewidth=0.8)
-    panels[0].set_yscale("log", base=2)
-    panels[1].legend(fontsize=6, ncols=2, frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
-
-
-def save(out: Path, rows: list[Timing], source: dict[str, str]) -> None:
-    write(out / "kernels.csv", rows, source)
-    plot(out / "kernels.png", rows, f"{source['hardware']}, PyTorch {source['torch']}, {source['date']}")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench kernels", description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=list(SHAPES), default=default, help="default: cuda if there is one, else cpu")
     parser.add_argument(
-        "--op", type=lambda text: choices(text, list(CASES)), default=list(CASES), metavar="LIST",
-        help=f"of {','.join(CASES)}; default: all",
+        "--op", type=lambda text: choices(text, list(CASES)), metavar="LIST",
+        help=f"of {','.join(CASES)}; default: all, on a CPU {','.join(default_ops('cpu'))}",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="for CSV and plot; default: out")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="for the CSV; default: out")
     options = parser.parse_args(argv)
-    require_gpu()
+    device, ops = options.device, options.op or default_ops(options.device)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")  # between parts of PyTorch
+    try:
+        configure(device, None)
+    except ValueError as error:
+        parser.error(str(error))
+    if device == "cpu" and (parts := [name for name in ops if not CASES[name].has_op]):
+        parser.error(f"--op {','.join(parts)}: only on a GPU, since no public op does this alone")
 
-    rows, notes = benchmark(options.op, deadline=math.inf)
-    source = provenance()
-    save(options.out, rows, source)
-    print(*notes, output.describe(source), options.out / "kernels.csv", sep="\n")
+    rows, notes = benchmark(ops, device, deadline=math.inf)
+    source = provenance() if device == "cuda" else output.provenance(device)
+    path = options.out / f"kernels-{device}.csv"
+    output.write_rows(path, rows, source | {"command": output.command("kernels", argv)})
+    print(*notes, output.describe(source), path, sep="\n")
     print(f"\n{ratios(rows)}")

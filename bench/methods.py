@@ -11,6 +11,7 @@ from torch import nn
 from spectral_ops.optim import SpectralKron, param_groups
 
 Optimizers = list[torch.optim.Optimizer]
+Params = list[nn.Parameter]
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 
 
@@ -29,22 +30,64 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 def _adamw(model: nn.Module, lr: float, rest_lr: float, **options: Any) -> Optimizers:
     hidden, rest = _split(model)
-    groups = [{"params": hidden, "lr": lr}, {"params": rest, "lr": rest_lr}]
+    groups = [{"params": hidden, "lr": lr}, *([{"params": rest, "lr": rest_lr}] if rest else [])]
     return [torch.optim.AdamW(groups, **(ADAMW | options))]
 
 
-def _muon(model: nn.Module, lr: float, rest_lr: float, **options: Any) -> Optimizers:
-    hidden, rest = _split(model)
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **options)
-    return [muon, torch.optim.AdamW(rest, lr=rest_lr, **ADAMW)]
+def _beside_adamw(make: Callable[..., torch.optim.Optimizer]) -> Callable[..., Optimizers]:
+    """`make(model, parameters, lr, …)` for the hidden matrices and AdamW for the rest, if there is any."""
+
+    def build(model: nn.Module, lr: float, rest_lr: float, **options: Any) -> Optimizers:
+        hidden, rest = _split(model)
+        adamw = [torch.optim.AdamW(rest, lr=rest_lr, **ADAMW)] if rest else []
+        return [make(model, hidden, lr=lr, **options), *adamw]
+
+    return build
 
 
-def _soap(model: nn.Module, lr: float, rest_lr: float, **options: Any) -> Optimizers:
-    from pytorch_optimizer import SOAP  # an optional extra
+# Of the others, each import is an optional extra's. Decay is 0 everywhere.
 
-    hidden, rest = _split(model)
-    soap = SOAP(hidden, lr=lr, weight_decay=0.0, precondition_frequency=1, **options)
-    return [soap, torch.optim.AdamW(rest, lr=rest_lr, **ADAMW)]
+
+def _muon(model: nn.Module, params: Params, lr: float, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **options)
+
+
+def _soap(model: nn.Module, params: Params, lr: float, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(params, lr=lr, weight_decay=0.0, **({"precondition_frequency": 1} | options))
+
+
+def _shampoo(model: nn.Module, params: Params, lr: float, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Shampoo
+
+    return Shampoo(params, lr=lr, **options)
+
+
+def _psgd_kron(model: nn.Module, params: Params, lr: float) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Kron
+
+    return Kron(params, lr=lr, pre_conditioner_update_probability=1.0)
+
+
+def _heavyball(model: nn.Module, params: Params, lr: float, name: str, **options: Any) -> torch.optim.Optimizer:
+    import heavyball
+
+    # Its compilation is for GPUs; here it would take minutes.
+    heavyball.utils.compile_mode = heavyball.utils.compile_mode_recommended_to_none = None
+    return getattr(heavyball, name)(params, lr=lr, weight_decay=0.0, compile_step=False, **options)
+
+
+def _sirfshampoo(model: nn.Module, params: Params, lr: float) -> torch.optim.Optimizer:
+    from sirfshampoo import SIRFShampoo
+
+    return SIRFShampoo(model, params=params, lr=lr, batch_size=1)
+
+
+def _singd(model: nn.Module, params: Params, lr: float, **options: Any) -> torch.optim.Optimizer:
+    from singd.optim.optimizer import SINGD
+
+    return SINGD(model, params=params, lr=lr, **options)
 
 
 def _spectral_kron(model: nn.Module, lr: float | None = None, rest_lr: float | None = None, **options: Any) -> Optimizers:
@@ -54,8 +97,14 @@ def _spectral_kron(model: nn.Module, lr: float | None = None, rest_lr: float | N
 
 BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "adamw": _adamw,
-    "muon": _muon,
-    "soap": _soap,
+    "muon": _beside_adamw(_muon),
+    "soap": _beside_adamw(_soap),
+    "soap_heavyball": _beside_adamw(partial(_heavyball, name="SOAP", precondition_frequency=1)),
+    "shampoo": _beside_adamw(_shampoo),
+    "psgd_kron": _beside_adamw(_psgd_kron),
+    "psgd_kron_heavyball": _beside_adamw(partial(_heavyball, name="PSGDKron", preconditioner_update_probability=1.0)),
+    "sirfshampoo": _beside_adamw(_sirfshampoo),
+    "singd": _beside_adamw(_singd),
     "spectral_kron": _spectral_kron,
     "spectral_kron_bf16": partial(_spectral_kron, preconditioner_dtype=torch.bfloat16),
 }

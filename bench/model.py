@@ -22,13 +22,15 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, next-byte logits out: `(batch, context)` int64 to `(batch, context, 256)`."""
+    """Tokens in, next-token logits out: `(batch, context)` int64 to `(batch, context, vocabulary)`."""
 
-    def __init__(self, width: int, layers: int, heads: int, context: int, vocabulary: int = 256):
+    def __init__(self, width: int, layers: int, heads: int, context: int, vocabulary: int = 256, tied: bool = False):
         super().__init__()
         self.token_embedding, self.position_embedding = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token_embedding.weight
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

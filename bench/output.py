@@ -6,7 +6,11 @@ import datetime
 import hashlib
 import importlib.metadata
 import platform
+import shlex
+import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,15 @@ def _cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
+
+
+def command(name: str, argv: Sequence[str] | None) -> str:
+    """What was typed to run a program of this folder; where its results go does not belong to it."""
+    given = list(sys.argv[2:] if argv is None else argv)
+    if "--out" in given:
+        at = given.index("--out")
+        del given[at : at + 2]
+    return shlex.join(["python", "-m", "spectral_ops.bench", name, *given])
 
 
 def describe(source: dict[str, str]) -> str:
@@ -86,6 +99,12 @@ def _meaning(node: Any) -> Iterator[str]:
         yield repr(node)
 
 
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th, which a timing is given by."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[-1]
+
+
 # --- Tables and files ---------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +124,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_rows(path: Path, rows: Sequence[Any], source: dict[str, str]) -> None:
+    """Dataclasses as CSV, each with where it comes from; nothing, where there are none."""
+    if rows:
+        header = [field.name for field in fields(rows[0])]
+        write_csv(path, [*header, *source], [[*map(_cell, asdict(row).values()), *source.values()] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

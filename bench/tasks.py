@@ -21,6 +21,8 @@ class Preset:
     context: int
     batch: int
     steps: int
+    vocabulary: int = 256  # of which bytes use the first 256
+    tied: bool = False  # the head is the token embedding
 
 
 TEXT_PRESETS = {
@@ -29,6 +31,8 @@ TEXT_PRESETS = {
     "wide": Preset(width=256, layers=2, heads=4, context=64, batch=24, steps=150),
     "gpu": Preset(width=512, layers=8, heads=8, context=512, batch=64, steps=1000),
     "gpu-large": Preset(width=1024, layers=12, heads=16, context=1024, batch=64, steps=2000),
+    # 124 million parameters.
+    "gpt2": Preset(width=768, layers=12, heads=12, context=1024, batch=32, steps=600, vocabulary=50257, tied=True),
 }
 DIGITS_PRESETS = {
     "tiny": Preset(width=32, layers=1, heads=2, context=16, batch=16, steps=20),
@@ -75,7 +79,7 @@ class Text:
 
     def model(self) -> nn.Module:
         p = self.preset
-        return LanguageModel(p.width, p.layers, p.heads, p.context).to(self.device)
+        return LanguageModel(p.width, p.layers, p.heads, p.context, p.vocabulary, p.tied).to(self.device)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self._draw(self.training, generator)
@@ -117,8 +121,11 @@ TASKS: dict[str, type[Text] | type[Digits]] = {"text": Text, "digits": Digits}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy; on a GPU products are in bf16, as they are where such models are trained."""
     x, y = batch
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+        logits = model(x)
+    return F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
 
 
 @torch.no_grad()

@@ -92,13 +92,19 @@ class Experiment:
             self.run = Run(self.task, tuned(self.task.name, curve.method), curve.seed, self.options["steps"])
             self.run.load_state_dict(state["run"])
 
+    def arguments(self) -> list[str]:
+        """What makes these runs, as typed on a command line."""
+        changed = {name: value for name, value in self.options.items() if value != DEFAULTS[name]}
+        texts = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in changed.items()}
+        return [word for name, text in texts.items() for word in (f"--{name}", text)]
+
     def report(self, out: Path) -> None:
         unfinished = self.run.curve if self.run else None
         runs = self.finished + ([unfinished] if unfinished else [])
-        source = output.provenance(self.options["device"])
+        source = output.provenance(self.options["device"]) | {"command": output.command("train", self.arguments())}
         name = f"train-{self.options['task']}-{self.options['preset']}"
         print(f"\n{curves.training_table(self.finished, unfinished)}\n\n{output.describe(source)}")
-        curves.write_curves(out / f"{name}.csv", runs)
+        curves.write_curves(out / f"{name}.csv", runs, source)
         print(out / f"{name}.csv")
         try:
             curves.plot_curves(out / f"{name}.png", runs, f"{self.options['task']}, {source['hardware']}")

@@ -57,14 +57,33 @@ class Curve:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    def size(value: Any) -> int:
+    """Of all tensors that an optimizer holds beside parameters and gradients, wherever it keeps them: some do so in attributes
+    or in objects of their own. Storage that is shared counts once."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    seen = {x.untyped_storage().data_ptr() for p in params for x in (p, p.grad) if x is not None}
+    pending: list[Any] = [vars(optimizer)]
+    visited: set[int] = set()
+    total = 0
+    while pending:
+        value = pending.pop()
+        if id(value) in visited:
+            continue
+        visited.add(id(value))
         if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, list | tuple):
-            return sum(map(size, value))
-        return 0
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif type(value).__module__.partition(".")[0] in STATEFUL and hasattr(value, "__dict__"):
+            pending.append(vars(value))
+    return total
 
-    return sum(size(value) for state in optimizer.state.values() for value in state.values())
+
+STATEFUL = ("singd", "sirfshampoo")  # packages with classes for their matrices
 
 
 class Run:

@@ -1,10 +1,11 @@
 """`reference.tracked` for large matrices on a CPU: the same sums and products, of the symmetric and skew ones only half.
 
 Results that are symmetric or skew are computed in blocks on and below the diagonal and mirrored, additions ride on products,
-and results go to a few buffers: memory that is new costs a tenth of the product that fills it.
+and results go to buffers that stay: the page faults of new ones cost a tenth of a step.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -13,13 +14,27 @@ from torch import Tensor
 from spectral_ops import reference
 
 SMALLEST = 256  # smaller matrices are faster as a batch of whole products
-BLOCK = 192  # products of less are slower by more than what they save
-TILE = 256  # of a transposed copy, so that it stays in the cache
+BLOCK = 192  # smaller products are slower by more than what they save; elementwise, four of these fit a cache
 ORDERS = (2, 3)
 
 
 def serves(b: Tensor, order: int) -> bool:
     return b.device.type == "cpu" and b.shape[-1] >= SMALLEST and order in ORDERS
+
+
+class Workspace(threading.local):
+    """Memory that a thread keeps between calls: three matrices of the largest size there was."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def matrices(self, n: int, dtype: torch.dtype) -> list[Tensor]:
+        if self.memory.dtype != dtype or len(self.memory) < 3 * n * n:
+            self.memory = torch.empty(3 * n * n, dtype=dtype)
+        return list(self.memory[: 3 * n * n].view(3, n, n))
+
+
+workspace = Workspace()
 
 
 def tracked(
@@ -31,7 +46,7 @@ def tracked(
         return reference.tracked(x, d, b, r, weight, share, damping, usable, seeds, epsilon, limit, order)
     n = b.shape[-1]
     dtype = torch.promote_types(x.dtype, reference.accumulation_dtype(b.dtype))
-    space = [torch.empty(n, n, dtype=dtype) for _ in range(3)]
+    space = workspace.matrices(n, dtype)
     new, shrink, log_mean = reference.tracked_diagonal(x, d, weight, share, damping)
     floor = reference.RELATIVE_FLOOR * new.amax(-1, keepdim=True)
     weight = weight * (share * shrink).unsqueeze(-1)
@@ -131,14 +146,11 @@ def lower_blocks(n: int, start: int = 0) -> Iterator[Block]:
 
 
 def tiles(block: Block) -> Iterator[Block]:
-    """Parts of a block that stay in the cache between one elementwise operation and the next; one on the diagonal is one."""
+    """Parts of a block that stay in the cache between one elementwise operation and the next."""
     rows, columns = block
-    if rows == columns:
-        yield block
-        return
-    for i in range(rows.start, rows.stop, TILE):
-        for j in range(columns.start, columns.stop, TILE):
-            yield slice(i, min(i + TILE, rows.stop)), slice(j, min(j + TILE, columns.stop))
+    for i in range(rows.start, rows.stop, BLOCK):
+        for j in range(columns.start, columns.stop, BLOCK):
+            yield slice(i, min(i + BLOCK, rows.stop)), slice(j, min(j + BLOCK, columns.stop))
 
 
 def mirror(x: Tensor, rows: slice, columns: slice, skew: bool = False) -> None:

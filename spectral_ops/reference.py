@@ -328,10 +328,10 @@ def apply_root(
 ) -> tuple[Tensor, Tensor]:
     x = rotate(g, b_c, b_k)
     left = raised(d_c).pow(-1 / root) * column(raised(alpha).pow(-1 / root))
-    x = x * left.unsqueeze(-1) * raised(d_k).pow(-1 / root).unsqueeze(-2)
+    x = (x * left.unsqueeze(-1)).mul_(raised(d_k).pow(-1 / root).unsqueeze(-2))
     x = x if b_c is None else raised(b_c).to(x.dtype) @ x
     x = x if b_k is None else x @ raised(b_k).to(x.dtype).mT
-    return x.to(g.dtype), x.square().sum((-2, -1)).unsqueeze(-1)
+    return x.to(g.dtype), torch.linalg.vector_norm(x, dim=(-2, -1)).square().unsqueeze(-1)
 
 
 # --- factor and rounding ----------------------------------------------------------------------------------------------
@@ -420,10 +420,11 @@ def parameter_update(
     rms = (square / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else square
     factor = {"rms": target / rms, "clip": rms.clamp(min=1).reciprocal(), "none": torch.ones_like(rms)}[normalize]
     lr = lr.to(device=u.device, dtype=u.dtype)
-    moves = u * block(factor.to(u.dtype) * -lr)
-    for p, mine, mask in zip(params, *(x.split([len(p) for p in params]) for x in (moves, finite)), strict=True):
+    sizes = [len(p) for p in params]
+    for p, mine, rate, mask in zip(params, *(x.split(sizes) for x in (u, factor.to(u.dtype) * -lr, finite)), strict=True):
         wide = p.to(u.dtype)
-        keep(mask, p, wide + mine - lr * weight_decay * wide)
+        decayed = wide - lr * weight_decay * wide if weight_decay else wide
+        keep(mask, p, torch.addcmul(decayed, mine, block(rate)))
 
 
 # --- elementwise optimizers -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectral_ops.bench import __main__ as program
-from spectral_ops.bench import curves, steps, tasks, train, training
+from spectral_ops.bench import curves, output, tasks, train, training
 from spectral_ops.bench.methods import method
 from spectral_ops.bench.training import Curve, Run
 
@@ -84,7 +84,8 @@ def test_train_writes_table_csv_and_png(run_train: Callable[..., Path], capsys: 
     assert all(f"vs {name}" in printed for name in ("adamw", "muon", "soap"))
     assert all(f"\n{name} " in printed for name in METHODS)
     rows = read_curves(out)
-    assert list(rows[0]) == ["method", "seed", "step", "loss", "seconds"]
+    assert list(rows[0]) == ["method", "seed", "step", "loss", "seconds", *output.PROVENANCE, "command"]
+    assert {r["command"] for r in rows} == {"python -m spectral_ops.bench train --preset tiny --steps 4 --seed 0,1"}
     assert [(r["method"], r["seed"], r["step"]) for r in rows] == [
         (name, seed, str(step)) for seed in "01" for name in METHODS for step in (1, 2, 3, 4)
     ]
@@ -162,7 +163,6 @@ def test_missing_soap_is_said_in_one_line(
     run_train: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     out = run_train("--methods", "soap,adamw", "--steps", "2")
@@ -170,28 +170,6 @@ def test_missing_soap_is_said_in_one_line(
     lines = [line for line in printed.splitlines() if "pytorch_optimizer" in line]
     assert lines == ["soap is left out: pytorch_optimizer is not installed (pip install 'spectral-ops[bench]')"]
     assert {r["method"] for r in read_curves(out)} == {"adamw"}
-    steps.main(["--preset", "tiny", "--rounds", "2", "--out", str(tmp_path)])
-    assert "soap is left out" in capsys.readouterr().out
-
-
-def test_steps_prints_ratios_and_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pytorch_optimizer")
-    steps.main(["--preset", "tiny", "--rounds", "2", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "vs soap" in printed
-    assert f"PyTorch {torch.__version__}" in printed
-    with (tmp_path / "steps-tiny-cpu.csv").open(newline="") as file:
-        rows = {row["candidate"]: row for row in csv.DictReader(file)}
-    assert list(rows) == list(steps.CANDIDATES)
-    assert rows["soap"]["ratio_to_soap"] == "1.000"
-    assert all(row["hardware"] and row["torch"] and row["date"] for row in rows.values())
-
-
-def test_steps_times_real_gradients() -> None:
-    model, gradients = steps.real_gradients(tasks.Text("tiny"))
-    assert len(gradients) == steps.STATES
-    assert [g.shape for g in gradients[0]] == [p.shape for p in model.parameters()]
-    assert all(not torch.equal(a, b) for a, b in zip(gradients[0], gradients[1], strict=True))
 
 
 @pytest.mark.parametrize(

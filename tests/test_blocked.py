@@ -12,7 +12,6 @@ SIZES = [(1, 1), (1, 7), (2, 3), (16, 16), (17, 40), (40, 17), (65, 33)]
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "SMALLEST", 2)
     monkeypatch.setattr(blocked, "BLOCK", 9)
-    monkeypatch.setattr(blocked, "TILE", 5)
 
 
 def arguments(n: int, m: int, dtype: torch.dtype, carry: bool = True, batch: int = 3) -> list:
@@ -106,3 +105,18 @@ def test_what_it_leaves_to_whole_products() -> None:
     b = torch.eye(8)
     assert blocked.serves(b, 3) and not blocked.serves(b, 8) and not blocked.serves(b.to("meta"), 3)
     assert not blocked.serves(torch.eye(1), 3)
+
+
+def test_each_thread_has_a_workspace_of_its_own() -> None:
+    """Two optimizers that step at the same time must not share one."""
+    import threading
+
+    mine = blocked.workspace.matrices(4, torch.float32)
+    assert [x.shape for x in mine] == [(4, 4)] * 3
+    assert blocked.workspace.matrices(3, torch.float32)[0].data_ptr() == mine[0].data_ptr()
+    others = []
+    thread = threading.Thread(target=lambda: others.extend(blocked.workspace.matrices(4, torch.float32)))
+    thread.start()
+    thread.join()
+    assert others[0].data_ptr() != mine[0].data_ptr()
+    assert blocked.workspace.matrices(4, torch.float64)[2].dtype == torch.float64

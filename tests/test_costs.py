@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from spectral_ops._library import KERNELS
 from spectral_ops.bench import costs
 from spectral_ops.bench.cases import CASES, OPERANDS, Work
 from spectral_ops.kernels.launch import Launch, cdiv, recording
+from spectral_ops.optim import SpectralKron
 
 BF16 = OPERANDS["bf16"]
 
@@ -91,3 +95,95 @@ def test_costs_prints_a_row_for_each_operation(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(f"\n{name} " in text for name in CASES)
     assert "measured" in text.lower()
+    assert all(f"\n{name} " in text for name in costs.STEPS)
+
+
+# --- Optimizer steps ----------------------------------------------------------------------------------------------------
+
+
+class WithKernels(TorchDispatchMode):
+    """Ops of the package launch their kernels, whatever the device; bytes of the copies that PyTorch makes are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "spectral_ops":
+            with self:
+                return KERNELS[func.name().partition("::")[2].partition(".")[0]](*args)
+        result = func(*args, **(kwargs or {}))
+        if func.name().partition(".")[0] in ("aten::stack", "aten::cat"):
+            self.copied += 2 * result.numel() * result.element_size()
+        return result
+
+
+def after_two_steps(optimizer, p):
+    for _ in range(2):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp32"])
+def test_the_parts_of_a_step_are_what_it_launches(operands):
+    """Two matrices, so that they are gathered as in a model."""
+    n, m = 512, 256
+    params = [nn.Parameter(torch.randn(n, m, dtype=OPERANDS[operands].dtype)) for _ in range(2)]
+    optimizer = SpectralKron(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with WithKernels() as mode, recording(run=False, assume=(9, 0)) as launches:
+            optimizer.step()
+    first = [item.name for item in launches].index("momentum")
+    for parts, mine in ((costs.tracking, launches[:first]), (costs.stepping, launches[first:])):
+        flops = sum(work.flops for work, _ in parts(n, m, operands))
+        assert 2 * flops == pytest.approx(sum(map(launched_flops, mine)), rel=1e-3)
+    # In place, so read and written: the buffer, of which a launch counts one, and the parameters, which it finds by address.
+    moved = mode.copied + sum(map(launched_bytes, launches[first:])) + 2 * (1 + 2) * params[0].nbytes
+    assert 2 * sum(work.bytes for work, _ in costs.stepping(n, m, operands)) == pytest.approx(moved, rel=2e-3)
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp32"])
+def test_tracking_is_all_of_kron_track(operands):
+    whole = CASES["kron_track"].work(768, 3072, 1, OPERANDS[operands])
+    parts = [work for work, _ in costs.tracking(768, 3072, operands)]
+    assert sum(work.flops for work in parts) == whole.flops
+    assert sum(work.bytes for work in parts) == whole.bytes
+
+
+@pytest.mark.parametrize("n, m", [(48, 80), (80, 48), (64, 64)])
+def test_muon_computes_the_products_that_are_counted(n, m):
+    p = nn.Parameter(torch.randn(n, m))
+    optimizer = after_two_steps(torch.optim.Muon([p]), p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == sum(work.flops for work, _ in costs.muon(n, m, 4))
+
+
+@pytest.mark.parametrize("n, m", [(48, 80), (64, 64)])
+def test_soap_computes_the_products_that_are_counted(n, m):
+    """But for QR, which the counter does not know."""
+    soap = pytest.importorskip("pytorch_optimizer").SOAP
+    p = nn.Parameter(torch.randn(n, m))
+    optimizer = after_two_steps(soap([p], precondition_frequency=1), p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    qr = 8 / 3 * (n**3 + m**3)
+    assert counter.get_total_flops() == pytest.approx(sum(work.flops for work, _ in costs.soap(n, m)) - qr)
+
+
+def test_the_floor_of_a_step_by_hand(monkeypatch):
+    monkeypatch.setattr(costs, "NETWORKS", {"one": ((1000, 1000, 3),)})
+    assert costs.step_floor("AdamW fp32", "one") == pytest.approx(3 * 28e6 / 4.3e12)
+    assert costs.step_floor("forward and backward, bf16", "one") == pytest.approx(3 * 6e6 * 2**19 / 790e12)
+    once, half, tenth = (costs.step_floor(f"SpectralKron bf16, interval {k}", "one") for k in (1, 2, 10))
+    assert once - half == pytest.approx((once - tenth) * 5 / 9)
+    assert half < once
+
+
+def test_the_networks_have_as_many_parameters_as_they_should():
+    """Hidden matrices: of ViT-B 85M, of GPT-2 medium 302M, of a Llama of 1B 973M."""
+    counts = {name: sum(n * m * count for n, m, count in shapes) for name, shapes in costs.NETWORKS.items()}
+    assert counts == {"ViT-B": 12 * 12 * 768**2, "GPT-2 medium": 24 * 12 * 1024**2, "Llama-1B": 973_078_528}

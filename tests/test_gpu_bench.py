@@ -10,15 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spectral_ops.bench import gpu, kernels, tune
-from spectral_ops.bench.cases import CASES, OPERANDS, Work, fresh, judged, relative_error, unit
+from spectral_ops.bench import gpu, kernels, steps, tune
+from spectral_ops.bench.cases import CASES, OPERANDS, fresh, judged, relative_error, unit
 from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.kernels.config import Config, choose_config
 from spectral_ops.optim import SpectralKron
 
 SOURCE = {"hardware": "a GPU", "threads": "1", "torch": "2", "date": "2026-11-21", "triton": "3", "driver": "5"}
-TIMING = kernels.Timing("gram", "kernel", 64, 64, 2, "bf16", 1.0, 2.0, 3.0, 4.0, 5.0, 0.6, True)
-STEP = ["twelve layers", "adamw", "1", "1", "1"]
+TIMING = kernels.Timing(
+    "gram", "ours", "small", 64, 64, 2, "bf16", 1.0, 2.0, 3.0, 4.0, 5.0, 0.6, 6.7, 8.3, True, "passed"
+)  # fmt: skip
+STEP = steps.Timing("text", "AdamW", "torch 2", 1.0, 1.0, 1.0, 5, None, 80, 10, 96, 3, "")
 
 
 class Clock:
@@ -205,84 +207,72 @@ def test_a_nan_is_the_same_as_itself():
 
 def test_a_section_gets_what_those_before_left_over():
     clock, ends = Clock(), []
-    lines = gpu.run_sections([(name, 10.0, lambda _, end: ends.append(end)) for name in "ab"], gpu.Findings(), clock)
+    lines = gpu.run_sections([(name, 10.0, lambda _, end: ends.append(end)) for name in "ab"], gpu.Findings(), clock=clock)
     assert ends == [11.0, 21.0]
     assert lines == ["a: 1 s", "b: 1 s"]
 
 
 def test_a_section_that_fails_leaves_the_others_and_their_results(capsys):
-    found = gpu.Findings()
+    found, kept = gpu.Findings(), []
 
     def fails(found, end):
-        found.steps.append(STEP)
+        found.stepped.append(STEP)
         raise ValueError("no luck")
 
     sections = [("kernels", 1, fails), ("same bits", 1, fails), ("tiles", 1, lambda found, end: found.notes.append("ran"))]
-    lines = gpu.run_sections(sections, found, Clock())
-    assert "no luck" in lines[0] and found.notes == ["ran"] and found.steps
+    lines = gpu.run_sections(sections, found, lambda: kept.append(len(found.stepped)), Clock())
+    assert "no luck" in lines[0] and found.notes == ["ran"]
+    assert kept == [1, 2, 2]  # what there was after each section
     assert [check.op for check in gpu.failures(found.checks)] == ["same bits"]  # the others check nothing
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_fewer_sections_share_the_time_of_all():
+    whole, some = gpu.planned([name for name, _, _ in gpu.SECTIONS]), gpu.planned(["kernels", "tiles"])
+    assert whole == gpu.SECTIONS and [name for name, _, _ in some] == ["kernels", "tiles"]
+    assert sum(seconds for _, seconds, _ in some) == pytest.approx(sum(seconds for _, seconds, _ in whole))
+    assert sum(seconds for _, seconds, _ in whole) <= 540
+
+
+def test_steps_stop_with_the_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    small = steps.Setting("width", ("SpectralKron", "AdamW"), rounds=2, width=8, layers=1, shapes=steps.block(8))
+    found = gpu.Findings()
+    gpu.optimizer_steps(found, math.inf, [small], "cpu")
+    assert [(row.optimizer, row.gate) for row in found.stepped] == [("SpectralKron", "passed"), ("AdamW", "")]
+    gpu.optimizer_steps(found, 0.0, [small], "cpu")
+    assert len(found.stepped) == 2 and found.notes == ["no time was left for the steps of width, 1 of 8"]
+
+
 def test_the_summary_fits_and_ends_with_the_verdict(tmp_path):
-    found = gpu.Findings(timings=[replace(TIMING, n=n) for n in range(500)], notes=["a note"], steps=[STEP])
+    found = gpu.Findings(timings=[replace(TIMING, n=n) for n in range(500)], notes=["a note"], stepped=[STEP])
     found.checks = [gpu.Check("float64", "gram", "bf16", n, 1, 1, "w", 1, 0, 0, "error" if n % 2 else "") for n in range(200)]
     text = gpu.summary(found, ["kernels: 3 s"], SOURCE)
     assert len(text) <= gpu.PRINTED
     assert text.splitlines()[-1] == "200 checks, 100 failed, 0 not run"
-    assert "a note" in text and "Triton 3" in text and "adamw" in text
+    assert "a note" in text and "Triton 3" in text and "AdamW" in text
 
 
 def test_files_carry_their_provenance(tmp_path):
-    found = gpu.Findings(timings=[TIMING, replace(TIMING, provider="eager", p50_us=4.0)], steps=[STEP])
+    found = gpu.Findings(timings=[TIMING, replace(TIMING, provider="eager", gate="")], stepped=[STEP])
     found.checks = [gpu.Check("float64", "gram", "bf16", 4, 1, 1, "w", 1e-3, 0, 0, "")]
-    gpu.save(tmp_path, found, SOURCE)
-    for name in ("checks", "kernels", "steps"):
+    found.out = tmp_path
+    gpu.save(found, SOURCE)
+    for name in ("checks", "kernels-cuda", "steps-cuda"):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and all(row["hardware"] == "a GPU" and row["driver"] == "5" and row["date"] for row in rows)
-    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "kernels-cuda.csv").open(newline="") as file:
+        assert [(row["provider"], row["gate"], row["command"]) for row in csv.DictReader(file)] == [
+            ("ours", "passed", "make gpu"), ("eager", "", "make gpu")
+        ]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("program", [gpu, kernels, tune])
+@pytest.mark.parametrize("program", [gpu, tune])
 def test_without_a_gpu_there_is_one_sentence(program):
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         program.main([])
-
-
-# --- Timing -------------------------------------------------------------------------------------------------------------
-
-
-def test_candidates_are_interleaved_and_short_of_time_there_are_fewer_rounds():
-    calls = []
-    functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-
-    def clock(function):
-        function()
-        return 0.1
-
-    times = kernels.interleaved(functions, clock, limit=2.0, rounds=30)
-    assert {name: len(values) for name, values in times.items()} == {"a": 20, "b": 20}
-    rounds = calls[2 * kernels.WARMUP :]
-    assert all(set(rounds[i : i + 2]) == {"a", "b"} for i in range(0, 40, 2)) and rounds[::2] != ["a"] * 20
-
-
-def test_the_share_of_the_roof_is_of_what_binds():
-    roof = kernels.Roof({"bf16": 100.0}, 10.0)
-    assert roof.share(Work(50, 1), "bf16", 1.0) == 0.5
-    assert roof.share(Work(50, 9), "bf16", 1.0) == 0.9
-
-
-def test_every_operation_is_planned():
-    jobs = list(kernels.plan(CASES))
-    assert len(set(jobs)) == len(jobs)
-    assert {(case.name, operands) for case, _, operands in jobs} == {(n, o) for n, case in CASES.items() for o in case.operands}
-
-
-def test_ratios():
-    text = kernels.ratios([TIMING, replace(TIMING, provider="eager", p50_us=5.0)])
-    assert "64 x 64 x 2" in text and "2.50" in text
 
 
 # --- Tiles --------------------------------------------------------------------------------------------------------------
