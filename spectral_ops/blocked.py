@@ -26,11 +26,11 @@ class Workspace(threading.local):
     """Memory that a thread keeps between calls: three matrices of the largest size there was."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, device="cpu")
 
     def matrices(self, n: int, dtype: torch.dtype) -> list[Tensor]:
         if self.memory.dtype != dtype or len(self.memory) < 3 * n * n:
-            self.memory = torch.empty(3 * n * n, dtype=dtype)
+            self.memory = torch.empty(3 * n * n, dtype=dtype, device="cpu")
         return list(self.memory[: 3 * n * n].view(3, n, n))
 
 
@@ -52,7 +52,7 @@ def tracked(
     weight = weight * (share * shrink).unsqueeze(-1)
     for i in usable.nonzero().flatten().tolist():
         wide_b = b[i].to(dtype)
-        t = torch.zeros(n, n, dtype=dtype) if r is None else r[i].to(dtype)
+        t = torch.zeros(n, n, dtype=dtype, device="cpu") if r is None else r[i].to(dtype)
         keep = ((1 - share) * shrink)[i].item()
         _average(t, x[i].to(dtype), weight[i].to(dtype), keep, new[i].to(dtype), epsilon, space[0])
         turned = _turn(wide_b, t, new[i], limit, order, r is not None, *space)
@@ -80,10 +80,10 @@ def _average(t: Tensor, x: Tensor, weight: Tensor, keep: float, new: Tensor, eps
 
 
 def _turn(
-    b: Tensor, t: Tensor, diagonal: Tensor, limit: float, order: int, carry: bool, x: Tensor, square: Tensor, f: Tensor
+    b: Tensor, t: Tensor, diagonal: Tensor, limit: float, order: int, carry: bool, x: Tensor, square: Tensor, p: Tensor
 ) -> Tensor:
     """`b ← b P` and `T ← Pᵀ T P` in place, and the diagonal of `T`, as in `reference.cayley_track`. `x` is the generator; it,
-    `square` and `f` are left with whatever."""
+    `square` and `p` are left with whatever."""
     blocks = list(lower_blocks(len(b)))
     for block in blocks:
         rows, columns = block
@@ -93,30 +93,29 @@ def _turn(
     step, norm = (value.item() for value in reference.limited_step(square, limit))
     fit = norm**2
     double = 2 if order == 3 else 4 / (1 + math.sqrt(1 - 4 * fit))
-    for block in blocks:  # of F, the symmetric part below and the skew part above the diagonal, then both in both
+    for block in blocks:  # of P, the symmetric part below and the skew part above the diagonal, then both in both
         rows, columns = block
-        torch.addmm(square[block], b.mT[rows], b[:, columns], beta=double * step**2, alpha=-0.5, out=f[block])
-        odd = torch.empty_like(f[block]) if rows == columns else f[columns, rows]
+        torch.addmm(square[block], b.mT[rows], b[:, columns], beta=double * step**2, alpha=-0.5, out=p[block])
+        odd = torch.empty_like(p[block]) if rows == columns else p[columns, rows]
         torch.mul(x[columns, rows], 2 * step, out=odd)
         if order == 3:
             odd.addmm_(square[columns], x[:, rows], alpha=(1 + fit / 4) * step**3)
         if rows == columns:
-            f[block].add_(odd).diagonal().add_(0.5)
+            p[block].add_(odd).diagonal().add_(1.5)
             continue
         for i, j in tiles(block):
-            even, odd = f[i, j], f[j, i]
+            even, odd = p[i, j], p[j, i]
             both = odd + even.mT
             even.sub_(odd.mT)
             odd.copy_(both)
-    torch.mm(b, f, out=x)
-    b.add_(x)
+    b.copy_(torch.mm(b, p, out=x))
     if not carry:
         return diagonal
     t.diagonal().copy_(diagonal)
-    torch.mm(t, f, out=square).add_(t)
+    torch.mm(t, p, out=square)
     for block in blocks:
         rows, columns = block
-        torch.addmm(square[block], f[:, rows].mT, square[:, columns], out=t[block])
+        torch.mm(p[:, rows].mT, square[:, columns], out=t[block])
         for i, j in tiles(block):
             mirror(t, i, j)
     turned = t.diagonal().clone()
