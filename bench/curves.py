@@ -14,6 +14,7 @@ step's time and its milliseconds; bytes/param: optimizer state by parameter of t
 COLOURS = {
     "spectral_kron": "#d55e00",
     "spectral_kron_bf16": "#e69f00",
+    "spectral_kron_interval_2": "#cc79a7",
     "soap": "#0072b2",
     "muon": "#009e73",
     "adamw": "#555555",

@@ -107,6 +107,7 @@ BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "singd": _beside_adamw(_singd),
     "spectral_kron": _spectral_kron,
     "spectral_kron_bf16": partial(_spectral_kron, preconditioner_dtype=torch.bfloat16),
+    "spectral_kron_interval_2": partial(_spectral_kron, update_interval=2),
 }
 
 

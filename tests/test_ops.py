@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import spectral_ops as ops
+from spectral_ops import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 5), (5, 1), (7, 13), (16, 8), (33, 33))
@@ -568,3 +569,11 @@ def test_wrong_values_are_named(call, message):
 def test_wrong_dtypes_are_named(call, message):
     with pytest.raises(TypeError, match=message):
         call(torch.randn(6, 6))
+
+
+def test_norms_of_large_matrices_are_accurate():
+    """Where a sum is added up one number after the other, float32 loses three digits here."""
+    x = torch.randn(2, 1024, 1024)
+    wanted = x.double().square().sum((-2, -1)).sqrt()
+    torch.testing.assert_close(reference.frobenius(x).double(), wanted, rtol=5e-7, atol=0)
+    assert reference.frobenius(x[:, :0]).tolist() == reference.frobenius(x[:, :, :0]).tolist() == [0, 0]
