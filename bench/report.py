@@ -29,6 +29,10 @@ FLOORS = {
     "AdamW": "AdamW bf16",
     "SOAP in float32, refreshed every step": "SOAP fp32",
 }
+TRAINED = {  # what the README shows of training
+    "train-text-default": "Text, 250 steps, validation loss",
+    "train-digits-default": "Digits, 200 steps, loss on the training images under fixed noise",
+}
 WIDTH = 128  # of the README's lines
 
 Results = dict[str, list[Row]]  # rows by the name of their file
@@ -94,7 +98,12 @@ def _plot(name: str) -> str:
 
 def readme_text(results: Results) -> str:
     """What stands between the README's markers."""
-    blocks = [f"One optimizer step, its time as a multiple of that of {', '.join(section.PEERS)} (more in `bench/RESULTS.md`):"]
+    blocks = []
+    for name, title in TRAINED.items():
+        if rows := results.get(name):
+            known = f"{output.describe(rows[0])}; `{rows[0]['command']}`" if rows[0].get("command") else "unknown run"
+            blocks += [f"{title} ({marked(known, *rows)}):", *section.training(rows)]
+    blocks.append(f"One optimizer step, its time as a multiple of that of {', '.join(section.PEERS)}:")
     for device, label in DEVICES.items():
         if rows := results.get(f"steps-{device}"):
             described = dict.fromkeys(marked(output.describe(row), row) for row in rows)

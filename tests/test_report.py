@@ -186,6 +186,18 @@ def test_training_on_other_hardware_is_not_compared(checkout: Checkout) -> None:
     assert checkout.row("spectral_kron")[4:] == ["refused: other hardware"] * 2
 
 
+def test_the_readme_shows_the_two_tasks(checkout: Checkout) -> None:
+    curves = run("spectral_kron", (10, 3.0, 5.0), (20, 2.0, 10.0)) + run("muon", (10, 4.0, 2.0), (20, 3.0, 4.0))
+    checkout.add("train-text-default", curves)
+    checkout.add("train-digits-default", [row | {"command": ""} for row in curves])
+    checkout.add("train-text-tiny", curves)
+    checkout.run()
+    source = "a machine, 1 thread(s), PyTorch 2.13.0, 2026-11-21; `make bench`"
+    assert f"Text, 250 steps, validation loss ({source}):" in checkout.readme
+    assert "fixed noise (unknown run):" in checkout.readme
+    assert checkout.readme.count("| spectral_kron | 1 | 2.000 | 10.0 | 0.500 | 1.250 |") == 2
+
+
 # --- Age, and what was not measured -------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import reference
-from spectral_ops.bench import soak
+from spectral_ops.bench import output, soak
 from spectral_ops.bench.soak import Record, Trial, Variant, broken
 
 GOOD = [
@@ -64,7 +64,7 @@ def test_soak_writes_what_it_measured(run_small: Callable[[int], Path], capsys: 
     assert [(r["step"], r["variant"], r["shape"]) for r in rows] == [
         (str(step), name, shape) for step in range(10, 110, 10) for name in ("fp32", "bf16") for shape in ("24x33", "2x32x24")
     ]
-    assert list(rows[0]) == [*(f.name for f in fields(Record)), "hardware", "threads", "torch", "date", "seed"]
+    assert list(rows[0]) == [*(f.name for f in fields(Record)), *output.PROVENANCE, "seed"]
     assert all(r["hardware"] and r["torch"] and r["date"] and r["finite"] == "True" for r in rows)
     assert all((float(r["error"]) > 0.001) == (r["variant"] == "bf16") for r in rows)
     assert int(rows[0]["state_bytes"]) > 4 * (2 * 24**2 + 2 * 33**2 + 4 * 32**2 + 4 * 24**2)
