@@ -28,7 +28,7 @@ from spectral_ops.bench.training import Run, configure, state_bytes
 LR = 1e-3
 GRADIENTS = 3  # different ones, which every candidate steps through
 WARMUP = 10  # steps, also those in which an interval does not count yet
-HEAVY, HEAVY_WARMUP = 3000, 2  # sides from which on the warm-up is short
+WARM_SECONDS = 4.0  # after which a warm-up of two steps is enough
 GATE_STEPS = 3
 MICROBATCH = 8  # sequences of 1024 tokens
 
@@ -112,8 +112,8 @@ PEERS_ON_GPU = ("Muon, compiled", "SOAP, interval 2", "SOAP", "PSGD-Kron", "Sham
 SETTINGS = {
     "cpu": [
         Setting("text", ON_CPU, rounds=20, width=96, layers=3, preset="default"),
-        Setting("ViT-B block", BASIC, rounds=6, width=768, layers=1, shapes=block(768)),
-        *(Setting("width", BASIC, rounds=8, width=w, layers=1, shapes=block(w)) for w in (64, 128, 256, 512)),
+        Setting("ViT-B block", BASIC, rounds=5, width=768, layers=1, shapes=block(768)),
+        *(Setting("width", BASIC, rounds=8, width=w, layers=1, shapes=block(w)) for w in (64, 128, 256, 384)),
         *(Setting("depth", BASIC, rounds=8, width=96, layers=n, shapes=block(96)) for n in (1, 3, 6, 12)),
     ],
     "cuda": [
@@ -207,6 +207,12 @@ class Stepping:
         self.steps += 1
         return clock(self.parameters[0].device) - start
 
+    def warm_up(self) -> None:
+        seconds = 0.0
+        for done in range(WARMUP):
+            if done < 2 or seconds < WARM_SECONDS:
+                seconds += self.step()
+
     def time(self) -> None:
         self.seconds.append(sum(self.step() for _ in range(self.candidate.period)) / self.candidate.period)
 
@@ -284,9 +290,7 @@ def measure(setting: Setting, device: str, rounds: int | None = None, deadline: 
         except ModuleNotFoundError as error:
             print(f"{name} is left out: {error.name} is not installed (pip install 'spectral-ops[bench]')")
             continue
-        heavy = max((max(shape) for shape in setting.shapes), default=0) >= HEAVY
-        for _ in range(HEAVY_WARMUP if heavy and device == "cpu" else WARMUP):
-            entry.step()
+        entry.warm_up()
         entries[name] = entry
     passing = Passing(copy.deepcopy(model), task) if task else None
     order: list[Stepping | Passing] = [*entries.values(), *([passing] if passing else [])]

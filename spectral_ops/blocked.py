@@ -112,10 +112,10 @@ def _turn(
     if not carry:
         return diagonal
     t.diagonal().copy_(diagonal)
-    torch.mm(t, p, out=square)
+    torch.mm(p.mT, t, out=square)
     for block in blocks:
         rows, columns = block
-        torch.mm(p[:, rows].mT, square[:, columns], out=t[block])
+        torch.mm(square[rows], p[:, columns], out=t[block])
         for i, j in tiles(block):
             mirror(t, i, j)
     turned = t.diagonal().clone()

@@ -31,7 +31,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "SHAPES", {"cuda": TINY, "cpu": TINY})
     monkeypatch.setattr(kernels, "ROOFS", {"cpu": (1000, {"fp32": 16})})
     monkeypatch.setattr(kernels, "SECONDS", {"cuda": 0.01, "cpu": 0.01})
-    monkeypatch.setattr(kernels, "COMPILED", 0)
+    monkeypatch.setattr(kernels, "COMPILED", {"cuda": 0, "cpu": 0})
     monkeypatch.setattr(kernels, "CORE_CACHE", 1000)
     monkeypatch.setattr(kernels, "OTHER_OPERANDS", 1)
     yield
@@ -53,7 +53,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_cpu_ops_are_timed_against_eager_and_compiled_pytorch(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kernels, "COMPILED", 1)
+    monkeypatch.setattr(kernels, "COMPILED", {"cuda": 1, "cpu": 1})
     kernels.main(["--device", "cpu", "--op", "momentum", "--out", str(tmp_path)])
     rows = output.read_csv(tmp_path / "kernels-cpu.csv")
     assert [*rows[0]] == [*COLUMNS.split(","), *output.PROVENANCE, "command"]
@@ -92,7 +92,7 @@ def test_cuda_without_a_gpu_is_one_sentence(capsys):
 
 
 def test_on_a_gpu_launches_are_timed_from_graphs(monkeypatch, gpu):
-    monkeypatch.setattr(kernels, "COMPILED", 1)
+    monkeypatch.setattr(kernels, "COMPILED", {"cuda": 1, "cpu": 1})
     monkeypatch.setattr(kernels, "precompiled", lambda jobs, device, until: [])
     launched = []
     run = type(CASES["gram"]).run

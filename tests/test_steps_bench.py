@@ -156,3 +156,13 @@ def test_time_is_measured_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_stops_at_the_deadline() -> None:
     timings = steps.measure(replace(WIDTH, rounds=50), "cpu", deadline=0.0)
     assert {t.rounds for t in timings} == {2}
+
+
+@pytest.mark.parametrize(("seconds", "steps_made"), [(0.1, steps.WARMUP), (3.0, 2), (100.0, 2)])
+def test_a_slow_warm_up_is_short(seconds: float, steps_made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gradients = steps.problem(WIDTH, None, "cpu")
+    stepping = steps.Stepping(CANDIDATES["AdamW"], model, gradients, None)
+    made: list[float] = []
+    monkeypatch.setattr(stepping, "step", lambda: made.append(seconds) or seconds)
+    stepping.warm_up()
+    assert len(made) == steps_made
