@@ -41,6 +41,7 @@ train: $(READY) ## train the benchmark tasks with each method: table, CSV, PNG
 test: lint ## lint and run the tests
 	$(RUN) -m pytest $(ARGS)
 
+# ARGS go to all three programs, so of use is only --out DIR.
 bench: $(READY) ## on a CPU: operations, optimizer steps and training against their peers; tables and CSV in out/
 	$(RUN) -m spectral_ops.bench kernels --device cpu $(ARGS)
 	$(RUN) -m spectral_ops.bench steps $(ARGS)
