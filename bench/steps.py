@@ -29,6 +29,7 @@ LR = 1e-3
 GRADIENTS = 3  # different ones, which every candidate steps through
 WARMUP = 10  # steps, also those in which an interval does not count yet
 WARM_SECONDS = 4.0  # after which a warm-up of two steps is enough
+TIMING_SECONDS = 0.05  # that one timing takes at least
 GATE_STEPS = 3
 MICROBATCH = 8  # sequences of 1024 tokens
 
@@ -182,6 +183,8 @@ class Stepping:
 
     def __init__(self, candidate: Candidate, model: nn.Module, gradients: list[list[Tensor]], task: Text | None):
         self.candidate, self.model, self.gradients, self.task = candidate, model, gradients, task
+        self.plain = Passing(copy.deepcopy(model), task) if task and candidate.hooks else None
+        self.count = candidate.period
         self.parameters = list(model.parameters())
         self.optimizers = candidate.build(model)
         self.calls = [torch.compile(o.step) if candidate.compiled else o.step for o in self.optimizers]
@@ -208,13 +211,20 @@ class Stepping:
         return clock(self.parameters[0].device) - start
 
     def warm_up(self) -> None:
-        seconds = 0.0
+        """Also finds how many steps a timing takes: whole periods, and more of fast ones."""
+        seconds: list[float] = []
         for done in range(WARMUP):
-            if done < 2 or seconds < WARM_SECONDS:
-                seconds += self.step()
+            if done < 2 or sum(seconds) < WARM_SECONDS:
+                seconds.append(self.step())
+        period = self.candidate.period
+        self.count = period * max(1, math.ceil(TIMING_SECONDS / (period * min(seconds))))
 
     def time(self) -> None:
-        self.seconds.append(sum(self.step() for _ in range(self.candidate.period)) / self.candidate.period)
+        beside = 0.0
+        if self.candidate.hooks:  # without its hooks, right before it: what is left is a small difference
+            assert self.plain is not None
+            beside = self.plain.passes(self.count)
+        self.seconds.append((sum(self.step() for _ in range(self.count)) - beside) / self.count)
 
     @property
     def package(self) -> str:
@@ -230,10 +240,16 @@ class Passing:
         self.generator = torch.Generator().manual_seed(0)
         self.seconds: list[float] = []
 
+    def passes(self, count: int) -> float:
+        """Seconds of so many."""
+        device = next(self.model.parameters()).device
+        start = clock(device)
+        for _ in range(count):
+            model_pass(self.model, self.task, self.generator)
+        return clock(device) - start
+
     def time(self) -> None:
-        start = clock(next(self.model.parameters()).device)
-        model_pass(self.model, self.task, self.generator)
-        self.seconds.append(clock(next(self.model.parameters()).device) - start)
+        self.seconds.append(self.passes(1))
 
 
 def model_pass(model: nn.Module, task: Text, generator: torch.Generator) -> None:
@@ -310,8 +326,7 @@ def measure(setting: Setting, device: str, rounds: int | None = None, deadline: 
 def _timing(
     setting: Setting, name: str, entry: Stepping, model: float | None, parameters: int, shape: tuple[int, int], device: str
 ) -> Timing:
-    beside = (model or 0.0) if entry.candidate.hooks else 0.0
-    p20, p50, p80 = (1e3 * (x - beside) for x in output.percentiles(entry.seconds))
+    p20, p50, p80 = (1e3 * x for x in output.percentiles(entry.seconds))
     ours = entry.package == "spectral_ops"
     return Timing(
         setting.name, name, entry.package, p20, p50, p80, len(entry.seconds), None if model is None else 1e3 * model,

@@ -166,3 +166,26 @@ def test_a_slow_warm_up_is_short(seconds: float, steps_made: int, monkeypatch: p
     monkeypatch.setattr(stepping, "step", lambda: made.append(seconds) or seconds)
     stepping.warm_up()
     assert len(made) == steps_made
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "count"), [("AdamW", 0.004, 13), ("AdamW", 1.0, 1), ("SOAP, interval 10", 0.004, 20)]
+)
+def test_a_timing_takes_long_enough(name: str, seconds: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole periods."""
+    model, gradients = steps.problem(WIDTH, None, "cpu")
+    stepping = steps.Stepping(replace(CANDIDATES["AdamW"], period=CANDIDATES[name].period), model, gradients, None)
+    monkeypatch.setattr(stepping, "step", lambda: seconds)
+    stepping.warm_up()
+    stepping.time()
+    assert stepping.count == count and stepping.seconds == [pytest.approx(seconds)]
+
+
+def test_what_computes_in_the_backward_pass_is_timed_without_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Text("tiny")
+    model, gradients = steps.problem(TEXT, task, "cpu")
+    stepping = steps.Stepping(Candidate("adamw", period=2, hooks=True), model, gradients, task)
+    monkeypatch.setattr(stepping, "step", lambda: 5.0)
+    monkeypatch.setattr(stepping.plain, "passes", lambda count: 3.0 * count)
+    stepping.time()
+    assert stepping.seconds == [2.0]
