@@ -95,6 +95,11 @@ def _spectral_kron(model: nn.Module, lr: float | None = None, rest_lr: float | N
     return [SpectralKron(groups, **options)]
 
 
+def left_out(name: str, error: ModuleNotFoundError) -> str:
+    """What is said of a method whose package is not there."""
+    return f"{name} is left out: {error.name} is not installed (pip install 'spectral-ops[bench]')"
+
+
 BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "adamw": _adamw,
     "muon": _beside_adamw(_muon),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spectral_ops._library import without_kernels
 from spectral_ops.bench import output
-from spectral_ops.bench.methods import method
+from spectral_ops.bench.methods import left_out, method
 from spectral_ops.bench.model import LanguageModel
 from spectral_ops.bench.tasks import Text, loss
 from spectral_ops.bench.training import Run, configure, state_bytes
@@ -183,7 +183,7 @@ class Stepping:
 
     def __init__(self, candidate: Candidate, model: nn.Module, gradients: list[list[Tensor]], task: Text | None):
         self.candidate, self.model, self.gradients, self.task = candidate, model, gradients, task
-        self.plain = Passing(copy.deepcopy(model), task) if task and candidate.hooks else None
+        self.passing = Passing(copy.deepcopy(model), task) if task and candidate.hooks else None
         self.count = candidate.period
         self.parameters = list(model.parameters())
         self.optimizers = candidate.build(model)
@@ -222,8 +222,8 @@ class Stepping:
     def time(self) -> None:
         beside = 0.0
         if self.candidate.hooks:  # without its hooks, right before it: what is left is a small difference
-            assert self.plain is not None
-            beside = self.plain.passes(self.count)
+            assert self.passing is not None
+            beside = self.passing.passes(self.count)
         self.seconds.append((sum(self.step() for _ in range(self.count)) - beside) / self.count)
 
     @property
@@ -304,7 +304,7 @@ def measure(setting: Setting, device: str, rounds: int | None = None, deadline: 
         try:
             entry = Stepping(CANDIDATES[name], copy.deepcopy(model), gradients, task)
         except ModuleNotFoundError as error:
-            print(f"{name} is left out: {error.name} is not installed (pip install 'spectral-ops[bench]')")
+            print(left_out(name, error))
             continue
         entry.warm_up()
         entries[name] = entry

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.bench import curves, output
-from spectral_ops.bench.methods import BUILDERS, Method, tuned
+from spectral_ops.bench.methods import BUILDERS, Method, left_out, tuned
 from spectral_ops.bench.tasks import DIGITS_PRESETS, TASKS, TEXT_PRESETS
 from spectral_ops.bench.training import Curve, Run, configure
 
@@ -55,7 +55,7 @@ class Experiment:
                     pass
                 self.methods[name] = candidate
             except ModuleNotFoundError as error:
-                print(f"{name} is left out: {error.name} is not installed (pip install 'spectral-ops[bench]')")
+                print(left_out(name, error))
 
     def runs(self) -> Iterator[Run]:
         """The runs that remain, first the one that was loaded; a run joins `finished` when the next one is asked for."""

@@ -186,6 +186,6 @@ def test_what_computes_in_the_backward_pass_is_timed_without_the_pass(monkeypatc
     model, gradients = steps.problem(TEXT, task, "cpu")
     stepping = steps.Stepping(Candidate("adamw", period=2, hooks=True), model, gradients, task)
     monkeypatch.setattr(stepping, "step", lambda: 5.0)
-    monkeypatch.setattr(stepping.plain, "passes", lambda count: 3.0 * count)
+    monkeypatch.setattr(stepping.passing, "passes", lambda count: 3.0 * count)
     stepping.time()
     assert stepping.seconds == [2.0]
