@@ -707,16 +707,19 @@ class FactorUpdate(Case):
 
     def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
         k, momentum = (make.normal(batch, n, n) / math.sqrt(n) for _ in range(2))
-        return {"k": k.to(operands.dtype), "m": momentum.to(operands.dtype), "step": make.uniform(batch)}
+        k, momentum = k.to(operands.dtype), momentum.to(operands.dtype)
+        return {"k": k, "m": momentum, "step": make.uniform(batch), "seed": make.seeds(batch)}
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
-        return {"k": factor.factor_update(**arguments, config=_tile("factor", arguments["k"], config))}
+        k, m, step, seed = arguments.values()
+        seeds = seed if k.dtype == torch.bfloat16 else None
+        return {"k": factor.factor_update(k, m, step, _tile("factor", k, config), seeds)}
 
     def op(self, arguments: Arguments) -> Results:
-        return {"k": spectral_ops.factor_update(**arguments)}
+        return {"k": spectral_ops.factor_update(**arguments, rounding="stochastic")}
 
     def eager(self, arguments: Arguments) -> Results:
-        k, m, step = arguments.values()
+        k, m, step, _ = arguments.values()
         bounded = step / torch.linalg.vector_norm(m, dim=(-2, -1)).clamp(min=1)
         return {"k": k - bounded[:, None, None].to(k.dtype) * (k @ m)}
 

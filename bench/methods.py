@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectral_ops.optim import SpectralKron, param_groups
+from spectral_ops import optim
+from spectral_ops.optim import param_groups
 
 Optimizers = list[torch.optim.Optimizer]
 Params = list[nn.Parameter]
@@ -90,9 +91,14 @@ def _singd(model: nn.Module, params: Params, lr: float, **options: Any) -> torch
     return SINGD(model, params=params, lr=lr, **options)
 
 
-def _spectral_kron(model: nn.Module, lr: float | None = None, rest_lr: float | None = None, **options: Any) -> Optimizers:
-    groups = param_groups(model) if lr is None else param_groups(model, lr, rest_lr)
-    return [SpectralKron(groups, **options)]
+def _ours(name: str, **fixed: Any) -> Callable[..., Optimizers]:
+    """An optimizer of this package, with AdamW inside for the rest."""
+
+    def build(model: nn.Module, lr: float | None = None, rest_lr: float | None = None, **options: Any) -> Optimizers:
+        groups = param_groups(model) if lr is None else param_groups(model, lr, rest_lr)
+        return [getattr(optim, name)(groups, **(fixed | options))]
+
+    return build
 
 
 def left_out(name: str, error: ModuleNotFoundError) -> str:
@@ -110,9 +116,17 @@ BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "psgd_kron_heavyball": _beside_adamw(partial(_heavyball, name="PSGDKron", preconditioner_update_probability=1.0)),
     "sirfshampoo": _beside_adamw(_sirfshampoo),
     "singd": _beside_adamw(_singd),
-    "spectral_kron": _spectral_kron,
-    "spectral_kron_bf16": partial(_spectral_kron, preconditioner_dtype=torch.bfloat16),
-    "spectral_kron_interval_2": partial(_spectral_kron, update_interval=2),
+    "spectral_kron": _ours("SpectralKron"),
+    "spectral_kron_bf16": _ours("SpectralKron", preconditioner_dtype=torch.bfloat16),
+    "spectral_kron_interval_2": _ours("SpectralKron", update_interval=2),
+    "if_shampoo": _ours("IFShampoo"),
+    "if_shampoo_bf16": _ours("IFShampoo", preconditioner_dtype=torch.bfloat16),
+    "rf_shampoo": _ours("RFShampoo"),
+    "rf_rmsprop": _ours("RFRMSprop", batch_size=1e4),
+    "rf_adagrad": _ours("RFAdaGrad", batch_size=1e4),
+    "rf_full_adagrad": _ours("RFFullAdaGrad", max_preconditioner_dim=1024),
+    "kradagrad": _ours("KrADagrad"),
+    "kradagrad_star": _ours("KrADagradStar"),
 }
 
 
@@ -148,6 +162,18 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "lr": [3.75e-3, 7.5e-3, 1.5e-2, 3e-2, 6e-2],
         "betas": [(0.9, 0.5), (0.95, 0.5), (0.9, 0.75)],
         "rest_lr": [1.5e-2, 3e-3, 1e-2, 2e-2],
+        "refine": [1.0, 0.7, 1.4],
+    },
+    "if_shampoo": {
+        "lr": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
+        "damping": [1e-3, 1e-2, 1e-1],
+        "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
+        "refine": [1.0, 0.7, 1.4],
+    },
+    "rf_rmsprop": {
+        "lr": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
+        "batch_size": [1e4, 1e3, 1e5],
+        "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
         "refine": [1.0, 0.7, 1.4],
     },
 }

@@ -5,7 +5,16 @@ from typing import Any
 
 import torch
 
-from spectral_ops.optim import SpectralKron
+from spectral_ops.optim import (
+    IFShampoo,
+    KrADagrad,
+    KrADagradStar,
+    RFAdaGrad,
+    RFFullAdaGrad,
+    RFRMSprop,
+    RFShampoo,
+    SpectralKron,
+)
 from spectral_ops.optim._engine import MatrixOptimizer
 
 Build = Callable[..., MatrixOptimizer]  # of parameters, or groups of them, and options
@@ -34,4 +43,13 @@ OPTIMIZERS: dict[str, Build] = {
     "SpectralKron riemannian": _with(SpectralKron, **RIEMANNIAN, cayley_order=4),
     "SpectralKron paper": _with(SpectralKron, **RIEMANNIAN, update_scale=None),
     "AdamW inside": _elementwise,
+    "IFShampoo": _with(IFShampoo),
+    "IFShampoo bf16": _with(IFShampoo, preconditioner_dtype=torch.bfloat16, update_interval=3),
+    "IFShampoo paper": _with(IFShampoo, update_scale=None, momentum=0.5),
+    "RFShampoo": _with(RFShampoo),
+    "RFFullAdaGrad": _with(RFFullAdaGrad),
+    "RFRMSprop": _with(RFRMSprop),
+    "RFAdaGrad": _with(RFAdaGrad),
+    "KrADagradStar": _with(KrADagradStar),
+    "KrADagrad": _with(KrADagrad),
 }

@@ -58,6 +58,12 @@ CANDIDATES = {
     "SpectralKron, bf16 factors, interval 2": Candidate("spectral_kron", BF16 | {"update_interval": 2}, period=2),
     "SpectralKron, bf16 factors, interval 10": Candidate("spectral_kron", BF16 | {"update_interval": 10}, period=10),
     "SpectralKron, without kernels": Candidate("spectral_kron", BF16, plain=True),
+    "IFShampoo": Candidate("if_shampoo"),
+    "IFShampoo, bf16 factors": Candidate("if_shampoo", BF16),
+    "RFShampoo": Candidate("rf_shampoo"),
+    "RFRMSprop": Candidate("rf_rmsprop"),
+    "KrADagrad": Candidate("kradagrad"),
+    "KrADagradStar": Candidate("kradagrad_star"),
     "AdamW": Candidate("adamw"),
     "Muon": Candidate("muon"),
     "Muon, compiled": Candidate("muon", compiled=True),
@@ -101,13 +107,15 @@ def llama(width: int, keys: int, hidden: int) -> tuple[tuple[int, int], ...]:
 
 BASIC = ("SpectralKron", "SOAP", "Muon", "AdamW")
 ON_CPU = (
-    "SpectralKron", "SpectralKron, interval 2", "SpectralKron, interval 10", "SpectralKron, bf16 factors", "AdamW", "Muon",
+    "SpectralKron", "SpectralKron, interval 2", "SpectralKron, interval 10", "SpectralKron, bf16 factors", "IFShampoo",
+    "RFShampoo", "RFRMSprop", "KrADagrad", "KrADagradStar", "AdamW", "Muon",
     "SOAP", "SOAP, interval 10", "SOAP (heavyball)", "Shampoo", "PSGD-Kron", "PSGD-Kron (heavyball)", "SIRFShampoo",
     "SINGD", "SINGD, interval 10",
 )  # fmt: skip
 ON_GPU = (
     "SpectralKron", "SpectralKron, bf16 factors", "SpectralKron, bf16 factors, interval 2",
-    "SpectralKron, bf16 factors, interval 10", "SpectralKron, without kernels", "AdamW", "Muon",
+    "SpectralKron, bf16 factors, interval 10", "SpectralKron, without kernels", "IFShampoo", "IFShampoo, bf16 factors",
+    "RFRMSprop", "AdamW", "Muon",
 )  # fmt: skip
 PEERS_ON_GPU = ("Muon, compiled", "SOAP, interval 2", "SOAP", "PSGD-Kron", "Shampoo, interval 2")
 SETTINGS = {

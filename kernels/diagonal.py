@@ -48,7 +48,8 @@ def _less_than_one(rest, t):
 @triton.jit
 def _step(
     p, g, m, s, inside, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-    PARAM: tl.constexpr, FIRST_MOMENT: tl.constexpr, SECOND_MOMENT: tl.constexpr, ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr,
+    PARAM: tl.constexpr, FIRST_MOMENT: tl.constexpr, SECOND_MOMENT: tl.constexpr, ADAMW: tl.constexpr, COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """The elements at these addresses, where `inside`; None: at all."""
     grad = tl.load(g, mask=inside).to(tl.float32)
@@ -59,8 +60,10 @@ def _step(
         average += rest1 * (grad - average)
         new = old - rate * weight_decay * old - size * average / (tl.sqrt(second) / root + eps)
     else:
-        average = beta1 * average + grad / (second + eps) + weight_decay * old
-        new = old - rate * average
+        average = beta1 * average + grad / (second + eps)
+        change = average + weight_decay * old
+        average = change if COUPLED else average
+        new = old - rate * change
     tl.store(p, tiles.rounded(new, PARAM, None), mask=inside)
     tl.store(m, tiles.rounded(average, FIRST_MOMENT, None), mask=inside)
     tl.store(s, tiles.rounded(second, SECOND_MOMENT, None), mask=inside)
@@ -97,8 +100,8 @@ def _diagonal_squares(
 def _diagonal(
     table, count, squares, before, lr, beta1, rest1, rest2, keep, gain, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, FIRST_MOMENT: tl.constexpr, SECOND_MOMENT: tl.constexpr, ALIGNED: tl.constexpr,
-    LOAD_LR: tl.constexpr, ADAMW: tl.constexpr, MAXIMIZE: tl.constexpr, CHECKED: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOAD_LR: tl.constexpr, ADAMW: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, CHECKED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index, t, start, left = _bounds(table, count, FIRST, CHUNK, BLOCK)
     parts = tl.cdiv(tl.load(table + SIZE * count + index), CHECKED)
@@ -129,12 +132,12 @@ def _diagonal(
             if i + BLOCK <= left:  # masks of a size that is not known to the compiler would forbid vector stores
                 _step(
                     p + o, g + o, m + o, s + o, None, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, MAXIMIZE,
+                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, COUPLED, MAXIMIZE,
                 )  # fmt: skip
             else:
                 _step(
                     p + o, g + o, m + o, s + o, inside, rate, size, root, beta1, rest1, keep, gain, eps, weight_decay,
-                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, MAXIMIZE,
+                    PARAM, FIRST_MOMENT, SECOND_MOMENT, ADAMW, COUPLED, MAXIMIZE,
                 )  # fmt: skip
 
 
@@ -163,5 +166,5 @@ def diagonal_step(
         _diagonal, ends[-1], ELEMENTWISE, **shared, lr=rate, beta1=beta1, rest1=1 - beta1, rest2=1 - beta2,
         keep=beta2 if adamw else 1 - (1 - beta2) * gamma, gain=(1 - beta2) * (1.0 if adamw else batch_size), eps=eps,
         PARAM=TYPES[params[0].dtype], FIRST_MOMENT=TYPES[momenta[0].dtype], SECOND_MOMENT=TYPES[seconds[0].dtype],
-        LOAD_LR=isinstance(rate, Tensor), ADAMW=adamw, MAXIMIZE=maximize, CHECKED=CHECKED, CHUNK=CHUNK,
+        LOAD_LR=isinstance(rate, Tensor), ADAMW=adamw, COUPLED=rule == "rf", MAXIMIZE=maximize, CHECKED=CHECKED, CHUNK=CHUNK,
     )  # fmt: skip

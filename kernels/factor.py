@@ -32,7 +32,7 @@ def _factor_squares(m, m_batch, m_row, m_col, squares, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def _factor(
-    k, k_batch, k_row, k_col, m, m_batch, m_row, m_col, squares, parts, step, out, n,
+    k, k_batch, k_row, k_col, m, m_batch, m_row, m_col, squares, parts, step, seed, out, n,
     BLOCK: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     size = tl.cdiv(n, BLOCK)
@@ -44,12 +44,13 @@ def _factor(
     )  # [BLOCK, BLOCK]
     norm = tl.sqrt(tiles.total(squares + matrix * parts, parts, PARTS))
     bounded = tl.load(step + matrix) / tl.where(norm <= 1, 1.0, norm)  # so that a NaN stays one
-    w = _load(k, k_row, k_col, i, j, n, BLOCK) - bounded * w
-    tiles.store_tile(out + matrix * n * n, tiles.rounded(w, out.dtype.element_ty, None), i, j, n, n, BLOCK, BLOCK)
+    w = _load(k, k_row, k_col, i, j, n, BLOCK) - (bounded * w + 0.0)  # + 0: a product of −0 would change a −0 of `k`
+    bits = None if seed is None else tiles.random_bits(tl.load(seed + matrix), i, j, BLOCK, BLOCK)
+    tiles.store_tile(out + matrix * n * n, tiles.rounded(w, out.dtype.element_ty, bits), i, j, n, n, BLOCK, BLOCK)
 
 
-def factor_update(k: Tensor, m: Tensor, step: Tensor, config: Config) -> Tensor:
-    """`k` and `m` are `(b, n, n)` of any strides, `step` `(b,)`, float32."""
+def factor_update(k: Tensor, m: Tensor, step: Tensor, config: Config, seed: Tensor | None = None) -> Tensor:
+    """`k` and `m` are `(b, n, n)` of any strides, `step` `(b,)`, float32, `seed` `(b,)`, int64."""
     batch, n, _ = k.shape
     parts = cdiv(n, ELEMENTWISE.block) ** 2
     squares = torch.empty((batch, parts), dtype=torch.float32, device=k.device)
@@ -59,7 +60,7 @@ def factor_update(k: Tensor, m: Tensor, step: Tensor, config: Config) -> Tensor:
     launch(
         _factor, batch * cdiv(n, config.block) ** 2, config,
         k=k, k_batch=k.stride(0), k_row=k.stride(1), k_col=k.stride(2), **momentum,
-        squares=squares, parts=parts, step=step, out=out, n=n,
+        squares=squares, parts=parts, step=step, seed=seed, out=out, n=n,
         BLOCK=config.block, BK=config.k, PARTS=PARTS, PRECISION=precision(k.dtype),
     )  # fmt: skip
     return out

@@ -1,6 +1,22 @@
 """Optimizers. Each is one file, readable beside the paper it implements."""
 
 from spectral_ops.optim._routing import ParamGroups, param_groups
+from spectral_ops.optim.if_shampoo import IFShampoo
+from spectral_ops.optim.kradagrad import KrADagrad, KrADagradStar
+from spectral_ops.optim.rf_full_adagrad import RFFullAdaGrad
+from spectral_ops.optim.rf_rmsprop import RFAdaGrad, RFRMSprop
+from spectral_ops.optim.rf_shampoo import RFShampoo
 from spectral_ops.optim.spectral_kron import SpectralKron
 
-__all__ = ["ParamGroups", "SpectralKron", "param_groups"]
+__all__ = [
+    "IFShampoo",
+    "KrADagrad",
+    "KrADagradStar",
+    "ParamGroups",
+    "RFAdaGrad",
+    "RFFullAdaGrad",
+    "RFRMSprop",
+    "RFShampoo",
+    "SpectralKron",
+    "param_groups",
+]

@@ -19,6 +19,7 @@ class Loading:
     def __init__(self, optimizer: "MatrixOptimizer"):
         self.optimizer, self.title = optimizer, f"{type(optimizer).__name__}.load_state_dict"
         self.values: list[tuple[Tensor, str, Tensor, torch.dtype]] = []  # of a parameter: name, saved, dtype of a new one
+        self.functions = [{name: x for name, x in group.items() if callable(x)} for group in optimizer.param_groups]
 
     def check(self, _: Any, state_dict: dict[str, Any]) -> None:
         """Raise where the checkpoint does not fit."""
@@ -36,7 +37,7 @@ class Loading:
             raise ValueError(f"{self.title}: the groups have {sizes} parameters, those of the checkpoint {saved_sizes}")
         for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
             names = {"param_names": group["param_names"]} if "param_names" in group else {}
-            merged = self.optimizer.defaults | names | saved_group | {"params": group["params"]}
+            merged = self.optimizer.defaults | names | saved_group | self.functions[number] | {"params": group["params"]}
             self.optimizer._check_group(merged)
             for i, saved_id in enumerate(saved_group["params"]):
                 if saved := state_dict["state"].get(saved_id):
@@ -65,6 +66,8 @@ class Loading:
             self.values.append((p, name, value, new.dtype))
 
     def restore(self, _: Any) -> None:
-        """Put the saved values in place of those that torch cast to the dtype of the parameter."""
+        """Put the saved values in place of those that torch cast to the dtype of the parameter, and back what is not saved."""
+        for group, functions in zip(self.optimizer.param_groups, self.functions, strict=True):
+            group.update(functions)
         for p, name, value, dtype in self.values:
             self.optimizer.state[p][name] = value.to(device=p.device, dtype=dtype, copy=True)

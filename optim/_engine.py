@@ -8,7 +8,7 @@ nothing and a checkpoint does not depend on how parameters were batched.
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,28 +24,46 @@ from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
 
 ALGORITHMS = (None, "matrix", "adamw")
-ADAMW_STATE = ("step", "skipped", "exp_avg", "exp_avg_sq")
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An elementwise method, for what is no matrix: options of `spectral_ops.diagonal_update`, and how a checkpoint names the
+    two moments, of which the second starts at `start`."""
+
+    options: tuple[tuple[str, Any], ...]
+    moments: tuple[str, str] = ("exp_avg", "exp_avg_sq")
+    start: float = 0.0
+
+    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+        first, second = (torch.full_like(p, x, memory_format=torch.preserve_format) for x in (0.0, self.start))
+        return counters(p) | dict(zip(self.moments, (first, second), strict=True))
 
 
 @dataclass
 class Batch:
     """Matrices of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
 
-    `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
-    `due` are the rows whose factors are to be updated in this step, None: all.
+    `dims` are the axes that have a factor: `(n, m)`, or more or fewer, whose product is `n · m`. `due` are the rows whose factors
+    are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices. `finite` marks, as
+    `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it, or `check` does.
     """
 
     grad: Tensor
     state: dict[str, Tensor]
     due: slice | None
-    finite: Tensor
+    dims: tuple[int, ...]
+    parameters: list[Tensor]
+    finite: Tensor = field(default_factory=lambda: torch.empty(0))
+    mean_square: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def check(self) -> Tensor:
-        """Set `finite`, and return which gradients are usable: finite and not zero."""
+    def check(self, least: float = 0.0) -> Tensor:
+        """Set `finite` and `mean_square`, and return which gradients are usable: not zero and of a mean square over `least`."""
         norm = torch.linalg.vector_norm(self.grad, dim=(-2, -1), dtype=accumulation_dtype(self.grad.dtype))
         self.finite = norm.square() < math.inf
-        return self.finite & (norm > 0)
+        self.mean_square = norm.square() / self.grad[0].numel()
+        return self.finite & (norm > 0) & (self.mean_square >= least)
 
     def clean_grad(self) -> Tensor:
         """The gradient in the accumulation dtype, zero where it is not finite."""
@@ -55,7 +73,8 @@ class Batch:
         """The rows that are due, as views."""
         if self.due is None:
             return self
-        return Batch(self.grad[self.due], {name: x[self.due] for name, x in self.state.items()}, None, self.finite)
+        state = {name: x[self.due] for name, x in self.state.items()}
+        return Batch(self.grad[self.due], state, None, self.dims, [])
 
 
 class MatrixOptimizer(Optimizer):
@@ -75,13 +94,17 @@ class MatrixOptimizer(Optimizer):
         "step": 0,  # only where the interval is not 1: whose turn it is
     }
 
-    def __init__(self, params: Any, defaults: dict[str, Any], unknown: dict[str, Any]):
-        """`unknown` options are refused, but for what says no: frameworks pass `fused=False` to any optimizer."""
-        for name, value in unknown.items():
-            if value:
+    def __init__(self, params: Any, given: dict[str, Any]):
+        """`given` are the local variables of a subclass's constructor: its options, and in `unknown` those it does not list. They
+        are refused but for what groups have in any case, and what says no: frameworks pass `fused=False` to any optimizer."""
+        shared = {name: value for name, value in given["unknown"].items() if name in self.shared_defaults}
+        for name, value in given["unknown"].items():
+            if value and name not in shared:
                 raise TypeError(f"{type(self).__name__} has no option `{name}`, got {value!r}")
         self._forget()
-        super().__init__(params, plain(self.shared_defaults | defaults))
+        own = {name: value for name, value in given.items() if name not in ("self", "params", "unknown", "__class__")}
+        options = own | shared
+        super().__init__(params, plain(self.shared_defaults | options))
 
     def _forget(self) -> None:
         """Drop what is not state: stacks whose parts may have been replaced, buffers, what was warned of."""
@@ -142,7 +165,7 @@ class MatrixOptimizer(Optimizer):
                     f"is, got {group['lr'].device}: a graph would keep its value"
                 )
             if self._is_matrix(group, i):
-                list(pieces(p, group))  # raises where the group's split does not fit
+                list(self.cut(p, group))  # raises where the group's split does not fit
 
     # What a subclass provides -----------------------------------------------------------------------------------------
 
@@ -153,6 +176,14 @@ class MatrixOptimizer(Optimizer):
         """The options that decide which tensors `init_state` makes."""
         return ()
 
+    def cut(self, p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
+        """The pieces of a parameter."""
+        return pieces(p, group, index)
+
+    def elementwise(self, group: Group) -> Rule:
+        """The method for what is no matrix."""
+        return adamw(group)
+
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         """State of one piece, beside its counters; every tensor has the leading dimensions `piece.lead`."""
         raise NotImplementedError
@@ -161,6 +192,11 @@ class MatrixOptimizer(Optimizer):
         """Advance `batch.state`, but for the counters. Return the update `(b, n, m)`, to be multiplied by `−lr`, its sums of
         squares `(b, parts)` and how `parameter_update` normalises it."""
         raise NotImplementedError
+
+    def decoupled_decay(self, group: Group) -> float:
+        """The weight decay that is not in the update."""
+        decay: float = group["weight_decay"]
+        return decay
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -180,11 +216,12 @@ class MatrixOptimizer(Optimizer):
         work = [(group, *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
         for number, (group, classes, _) in enumerate(work):
             schedule, joint = self._schedule(number, group), shares(classes)
+            now = called(group)
             for key, members, g in gathered(classes):
                 due = schedule.rows(members, group["step"]) if schedule else None
                 spread(joint, members, g)
-                self._step_batch(group, key, members, g, due)
-        self._step_adamw([(group, params) for group, _, params in work])
+                self._step_batch(now, key, members, g, due)
+        self._step_elementwise([(called(group), params) for group, _, params in work if params])
         return loss
 
     def _check_capture(self) -> None:
@@ -217,13 +254,13 @@ class MatrixOptimizer(Optimizer):
                 elementwise.append(p)
                 continue
             for piece in self._pieces(number, group, i):
-                key = (number, layout, piece.n, piece.m, p.dtype, p.grad.dtype, p.device)
+                key = (number, layout, piece.dims, p.dtype, p.grad.dtype, p.device)
                 classes.setdefault(key, []).append(piece)
         return classes, elementwise
 
     def _pieces(self, number: int, group: Group, i: int) -> Iterator[Piece]:
         before = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
-        return pieces(group["params"][i], group, before + i)
+        return self.cut(group["params"][i], group, before + i)
 
     def _schedule(self, number: int, group: Group) -> Schedule | None:
         """Whose turn it is in this step; None: everybody's."""
@@ -238,38 +275,43 @@ class MatrixOptimizer(Optimizer):
 
     def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor, due: slice | None) -> None:
         state = self._stack(group, key, members)
-        batch = Batch(g, state, due, torch.empty(0))
-        u, squares, normalize = self.update(group, batch)
         views = [piece.matrices(piece.parameter) for piece in members]
+        batch = Batch(g, state, due, members[0].dims, views)
+        u, squares, normalize = self.update(group, batch)
         ops.parameter_update(
             views, u, squares, batch.finite, state["step"], state["skipped"], group["lr"],
-            weight_decay=group["weight_decay"], normalize=normalize,
+            weight_decay=self.decoupled_decay(group), normalize=normalize,
         )  # fmt: skip
         for piece, view in zip(members, views, strict=True):
             if not piece.parameter.is_contiguous():  # then the view was a copy
                 rows = piece.rows(piece.parameter)
                 rows.copy_(view.view(rows.shape))
 
-    def _step_adamw(self, work: list[tuple[Group, list[Tensor]]]) -> None:
-        """AdamW for the rest, all groups of one learning rate together."""
-        calls: dict[Any, tuple[Group, list[Tensor], list[float]]] = {}
+    def _step_elementwise(self, work: list[tuple[Group, list[Tensor]]]) -> None:
+        """What is no matrix, all groups of one learning rate together."""
+        calls: dict[Any, tuple[Group, Rule, list[Tensor], list[float]]] = {}
         for number, (group, params) in enumerate(work):
             lr = id(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]
             if torch.compiler.is_compiling():
                 lr = number  # comparing a number would compile the step anew for each of its values
-            options = (lr, tuple(group["adamw_betas"]), group["adamw_eps"], group["maximize"], group["capturable"])
+            rule = self._rule(group)
+            options = (lr, rule.options, group["maximize"], group["capturable"])
             for p in params:
-                _, mine, decays = calls.setdefault((options, p.device, p.dtype), (group, [], []))
+                _, _, mine, decays = calls.setdefault((options, p.device, p.dtype), (group, rule, [], []))
                 mine.append(p)
                 decays.append(group["weight_decay"])
-        for group, params, decays in calls.values():
-            states = [self._elementwise_state(p) for p in params]
+        for group, rule, params, decays in calls.values():
+            states = [self._elementwise_state(rule, p) for p in params]
+            first, second = rule.moments
             ops.diagonal_update(
                 params, self._fixed(params) if group["capturable"] else [p.grad for p in params],  # type: ignore[misc]
-                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states],
-                [s["skipped"] for s in states], group["lr"], rule="adamw", betas=group["adamw_betas"],
-                eps=group["adamw_eps"], weight_decay=decays, maximize=group["maximize"],
+                [s[first] for s in states], [s[second] for s in states], [s["step"] for s in states],
+                [s["skipped"] for s in states], group["lr"], weight_decay=decays, maximize=group["maximize"],
+                **dict(rule.options),
             )  # fmt: skip
+
+    def _rule(self, group: Group) -> Rule:
+        return adamw(group) if group["algorithm"] == "adamw" else self.elementwise(group)
 
     def _fixed(self, params: list[Tensor]) -> list[Tensor]:
         """Copies of the gradients, always at the same addresses: a kernel that is captured in a graph finds tensors through a
@@ -285,8 +327,10 @@ class MatrixOptimizer(Optimizer):
 
     def _is_matrix(self, group: Group, i: int) -> bool:
         p = group["params"][i]
-        if p.ndim < 2 or group["algorithm"] == "adamw":
+        if group["algorithm"] == "adamw":
             return False
+        if p.ndim < 2:
+            return bool(group.get("per_axis") and group["algorithm"] == "matrix")
         if group["algorithm"] is None and "param_names" in group:
             return not elementwise_name(group["param_names"][i])
         return True
@@ -345,12 +389,13 @@ class MatrixOptimizer(Optimizer):
     def _fresh(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         return counters(piece.parameter, piece.lead) | self.init_state(group, piece)
 
-    def _elementwise_state(self, p: Tensor) -> dict[str, Tensor]:
+    def _elementwise_state(self, rule: Rule, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        if missing := [name for name in ADAMW_STATE if name not in state]:
-            if len(missing) < len(ADAMW_STATE):
+        fresh = rule.init_state(torch.empty_like(p, device="meta"))
+        if missing := [name for name in fresh if name not in state]:
+            if len(missing) < len(fresh):
                 _require_none(missing, tuple(p.shape))
-            fresh = fresh_adamw(p)
+            fresh = rule.init_state(p)
             state.update({name: fresh[name] for name in missing})
         return state
 
@@ -358,7 +403,7 @@ class MatrixOptimizer(Optimizer):
         """What the state of a parameter is made of, as tensors without data."""
         p = group["params"][i]
         if not self._is_matrix(group, i):
-            return fresh_adamw(torch.empty_like(p, device="meta"))
+            return self._rule(group).init_state(torch.empty_like(p, device="meta"))
         return {
             name + piece.suffix: value
             for piece in self._pieces(number, group, i)
@@ -376,6 +421,14 @@ class MatrixOptimizer(Optimizer):
             'algorithm="adamw", or spectral_ops.optim.param_groups(model).',
             stacklevel=4,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it; options that are functions are not in it, and stay when it is loaded."""
+        state: dict[str, Any] = super().state_dict()
+        for group in state["param_groups"]:
+            for name in [name for name, value in group.items() if callable(value)]:
+                del group[name]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state made by `state_dict()`. It is checked as a whole first: where it does not fit, nothing is changed.
@@ -422,5 +475,10 @@ def counters(p: Tensor, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
     }
 
 
-def fresh_adamw(p: Tensor) -> dict[str, Tensor]:
-    return counters(p) | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ADAMW_STATE[2:]}
+def adamw(group: Group) -> Rule:
+    return Rule((("rule", "adamw"), ("betas", tuple(group["adamw_betas"])), ("eps", group["adamw_eps"])))
+
+
+def called(group: Group) -> Group:
+    """The options of one step: what is given as a function is called."""
+    return {name: value() if callable(value) else value for name, value in group.items()}

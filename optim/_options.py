@@ -28,6 +28,27 @@ def decays(group: Group, name: str) -> None:
         raise ValueError(f"`{name}` must be two numbers in [0, 1), got {pair!r}")
 
 
+def decay(group: Group, name: str) -> None:
+    value = group[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}")
+
+
+def step(group: Group, name: str) -> None:
+    value = group[name]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1):
+        raise ValueError(f"`{name}` must be None or a number in (0, 1), got {value!r}")
+
+
+def batch_size(group: Group) -> None:
+    value = group["batch_size"]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"`batch_size` as a tensor must have one element, got shape {tuple(value.shape)}")
+    elif not callable(value):
+        number(group, "batch_size", positive=True)
+
+
 def choice(group: Group, name: str, allowed: tuple[Any, ...]) -> None:
     if group[name] not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
@@ -48,3 +69,10 @@ def parts(group: Group) -> None:
         listed = isinstance(value, tuple | list)
         if not listed or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in value):
             raise ValueError(f"`{name}` must be positive integers, got {group[name]!r}")
+
+
+def per_axis(group: Group) -> None:
+    choice(group, "per_axis", (True, False))
+    cuts = {name: group[name] for name in ("split_sizes", "num_heads", "conv") if group[name]}
+    if group["per_axis"] and cuts:
+        raise ValueError(f"`per_axis=True` keeps a factor for each axis of a parameter, and does not cut it: got {cuts}")

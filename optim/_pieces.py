@@ -15,7 +15,11 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `start … start + length` of a parameter, as `count` matrices of `n × m`. `lead` is `(count,)` or `()`."""
+    """Rows `start … start + length` of a parameter, as `count` matrices of `n × m`. `lead` is `(count,)` or `()`.
+
+    `dims` are the axes that have a factor each: `(n, m)`, or those of the whole parameter that are longer than 1, of which `n` is
+    then the first.
+    """
 
     parameter: Tensor
     start: int
@@ -25,6 +29,7 @@ class Piece:
     m: int
     suffix: str
     index: int  # of the parameter in the optimizer
+    dims: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -33,7 +38,7 @@ class Piece:
     @property
     def alone(self) -> bool:
         """Whether it is one matrix, and the whole parameter."""
-        return self.count == 1 and self.length == self.parameter.shape[0]
+        return self.count == 1 and self.length == rows_of(self.parameter)
 
     @property
     def grad(self) -> Tensor:
@@ -46,7 +51,7 @@ class Piece:
 
     def rows(self, x: Tensor) -> Tensor:
         """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
-        return x if self.length == x.shape[0] else x.narrow(0, self.start, self.length)
+        return x if self.length == rows_of(x) else x.narrow(0, self.start, self.length)
 
     def matrices(self, x: Tensor) -> Tensor:
         """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
@@ -54,11 +59,15 @@ class Piece:
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
-    """Cut a parameter into pieces by the group's `conv`, `split_sizes` and `num_heads`."""
+    """Cut a parameter into pieces by the group's `conv`, `split_sizes`, `num_heads` and `per_axis`."""
     shape = tuple(p.shape)
+    if group.get("per_axis"):
+        yield whole(p, index, tuple(size for size in shape if size != 1) or (1,))
+        return
     is_conv = group["conv"] if group["conv"] is not None else p.ndim > 3
     if p.ndim > 2 and not is_conv:
-        yield Piece(p, 0, shape[0], (math.prod(shape[:-2]),), shape[-2], shape[-1], "", index)
+        n, m = shape[-2:]
+        yield Piece(p, 0, shape[0], (math.prod(shape[:-2]),), n, m, "", index, (n, m))
         return
     rows, m = shape[0], math.prod(shape[1:])
     sizes = group["split_sizes"] or [rows]
@@ -71,12 +80,23 @@ def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
         )
     if len(set(zip(sizes, heads, strict=True))) == 1:  # equal parts: one piece
         count = len(sizes) * heads[0]
-        yield Piece(p, 0, rows, (count,) if count > 1 else (), rows // count, m, "", index)
+        n = rows // count
+        yield Piece(p, 0, rows, (count,) if count > 1 else (), n, m, "", index, (n, m))
         return
     start = 0
     for i, (size, h) in enumerate(zip(sizes, heads, strict=True)):
-        yield Piece(p, start, size, (h,) if h > 1 else (), size // h, m, f"_{i}", index)
+        n = size // h
+        yield Piece(p, start, size, (h,) if h > 1 else (), n, m, f"_{i}", index, (n, m))
         start += size
+
+
+def whole(p: Tensor, index: int, dims: tuple[int, ...]) -> Piece:
+    """A parameter as one tensor of `dims`."""
+    return Piece(p, 0, rows_of(p), (), dims[0], math.prod(dims[1:]), "", index, dims)
+
+
+def rows_of(p: Tensor) -> int:
+    return p.shape[0] if p.ndim else 1
 
 
 def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece], Tensor]]:

@@ -4,6 +4,7 @@ The matrices stand in a row, shape after shape, each as long as its factors' upd
 cut into `k` equal lengths, and step `t` takes those whose middle lies in length `t mod k`: of each shape, neighbours.
 """
 
+import math
 from collections.abc import Iterable
 
 from spectral_ops.optim._pieces import Piece
@@ -12,9 +13,9 @@ from spectral_ops.optim._pieces import Piece
 class Schedule:
     def __init__(self, pieces: Iterable[Piece], interval: int):
         """`pieces` are all of the group, whether they have a gradient or not: a missing one must not shift the others."""
-        shapes: dict[tuple[int, int], list[Piece]] = {}
+        shapes: dict[tuple[int, ...], list[Piece]] = {}
         for piece in pieces:
-            shapes.setdefault((piece.n, piece.m), []).append(piece)
+            shapes.setdefault(piece.dims, []).append(piece)
         self.interval, self.length = interval, 0
         self.places: dict[tuple[int, int], int] = {}
         for members in shapes.values():
@@ -37,4 +38,4 @@ class Schedule:
 
 def _cost(piece: Piece) -> int:
     """Of a matrix: what the products with its factors take, but for a constant."""
-    return piece.n * piece.m * (piece.n + piece.m)
+    return math.prod(piece.dims) * sum(piece.dims)

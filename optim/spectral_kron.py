@@ -4,7 +4,6 @@ Lin et al., 2025, "Spectral-factorized Positive-definite Curvature Learning for 
 rotation that tracks. `S = α S_C ⊗ S_K`, `S_l = B_l Diag(d_l) B_lᵀ`; `C` is the left (row) side, `K` the right one.
 """
 
-import hashlib
 from typing import Any
 
 import torch
@@ -13,21 +12,12 @@ from torch import Tensor
 import spectral_ops as ops
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer
+from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, seeds
 from spectral_ops.optim._pieces import Group, Piece
-from spectral_ops.reference import (
-    RMS_EPSILON,
-    STREAM_SIDE,
-    STREAM_STEP,
-    accumulation_dtype,
-    block,
-    keep,
-    raised,
-    rotate,
-)
+from spectral_ops.reference import RMS_EPSILON, accumulation_dtype, block, keep, raised, rotate
 
 ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
-FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 DEFAULT_ORDER = 3
 # Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
@@ -130,10 +120,7 @@ class SpectralKron(MatrixOptimizer):
         capturable: bool = False,
         **unknown: Any,
     ):
-        options = dict(locals())
-        for name in ("self", "params", "unknown", "__class__"):
-            options.pop(name, None)
-        super().__init__(params, options, unknown)
+        super().__init__(params, locals())
 
     def check_options(self, group: Group) -> None:
         check.decays(group, "betas")
@@ -160,7 +147,7 @@ class SpectralKron(MatrixOptimizer):
     def init_state(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         p, lead = piece.parameter, piece.lead
         number: dict[str, Any] = {"dtype": accumulation_dtype(p.dtype), "device": p.device}
-        factor: dict[str, Any] = {"dtype": _factor_dtype(group, p), "device": p.device}
+        factor: dict[str, Any] = {"dtype": factor_dtype(group, p), "device": p.device}
         state = {
             "momentum_buffer": torch.zeros(*lead, piece.n, piece.m, dtype=p.dtype, device=p.device),
             "updates": torch.zeros(lead, **number),
@@ -173,8 +160,7 @@ class SpectralKron(MatrixOptimizer):
                 if _carries(group):
                     state[f"residual_{side}"] = torch.zeros(*lead, size, size, **factor)
         if factor["dtype"] == torch.bfloat16:
-            first = _stream(group["seed"], piece.index, piece.start)
-            state["seed"] = torch.arange(piece.count, device=p.device).view(lead) + first
+            state["seed"] = first_seeds(group, piece)
         if group["update_scale"] == "graft":
             state["exp_avg_sq"] = torch.zeros_like(state["momentum_buffer"])
         return state
@@ -252,8 +238,8 @@ def _paper(group: Group, batch: Batch) -> None:
             bases[side] = b.to(skew.dtype) @ ops.cayley(skew * step[:, None, None])
         else:
             step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(sq_norm.dtype).tiny))
-            seeds = _seeds(s, side)
-            rounding = {"rounding": "nearest"} if seeds is None else {"rounding": "stochastic", "seed": seeds}
+            seed = seeds(s, SIDES.index(side))
+            rounding = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
             bases[side] = ops.cayley_update(b, skew, step, order=order, correct=True, **rounding)
     d_c, d_k, alpha = ops.spectrum_update(
         s["eigenvalues_left"],
@@ -292,25 +278,3 @@ def _map(group: Group) -> tuple[int, float]:
 
 def _carries(group: Group) -> bool:
     return bool(group["rotation"] == "tracking" and group["carry_residual"])
-
-
-def _factor_dtype(group: Group, p: Tensor) -> torch.dtype:
-    """The parameter's own dtype by default, except that a basis in float16 would not be rounded without bias."""
-    chosen = group["preconditioner_dtype"]
-    if chosen is None:
-        return torch.float32 if p.dtype == torch.float16 else p.dtype
-    return FACTOR_DTYPES[str(chosen).removeprefix("torch.")]  # a group that was changed may hold the dtype itself
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _stream(seed: int, index: int, start: int) -> int:
-    """The first seed of a piece's random bits: the same in every process, whatever else is in the batch."""
-    name = f"{seed}/{index}/{start}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
-
-
-def _seeds(s: dict[str, Tensor], side: str) -> Tensor | None:
-    """Seeds of this update's rounding; None where factors are not bfloat16."""
-    if "seed" not in s:
-        return None
-    return s["seed"] + s["updates"].long() * STREAM_STEP + SIDES.index(side) * STREAM_SIDE

@@ -10,7 +10,7 @@ from spectral_ops import _checks as check
 from spectral_ops import reference
 from spectral_ops._library import define
 
-RULES = ("adamw", "rf")
+RULES = ("adamw", "rf", "rfw")
 
 
 def _fake(*_: object) -> None:
@@ -74,7 +74,8 @@ def diagonal_update(
         m ← β₁ m + g / (s + eps) + weight_decay · p
         p ← p − lr · m
 
-    which is RF-RMSProp for `γ = 1` and RF-AdaGrad for `γ = 0`. `rule="adamw"` is `torch.optim.AdamW`.
+    which is RF-RMSProp for `γ = 1` and RF-AdaGrad for `γ = 0`. `rule="rfw"` has the weight decay in `p` alone, decoupled as
+    AdamW's is: `m ← β₁ m + g / (s + eps)`, `p ← p − lr · (m + weight_decay · p)`. `rule="adamw"` is `torch.optim.AdamW`.
     A tensor whose gradient has a NaN or an infinity, or whose sum of squares overflows, stays as it is with its moments: that
     counts as skipped. A step with a gradient of zeros and a learning rate of zero changes nothing and does not count at all.
     Not differentiable: parameters that require a gradient are changed under `torch.no_grad()`.
@@ -86,12 +87,12 @@ def diagonal_update(
             Changed; only "adamw" reads `steps`.
         lr: a number, or a tensor of one element on the CPU or where the parameters are: there it is read without a
             synchronisation.
-        rule: "rf" or "adamw".
+        rule: "rf", "rfw" or "adamw".
         betas: decay of `m`, decay of `s`.
-        gamma: `γ`, only of "rf".
-        eps: beside `s` ("rf") or its root ("adamw").
-        weight_decay: as above, one for all or one for each; in "adamw" decoupled.
-        batch_size: over which the loss is a mean, only of "rf".
+        gamma: `γ`, only of "rf" and "rfw".
+        eps: beside `s` ("rf", "rfw") or its root ("adamw").
+        weight_decay: as above, one for all or one for each; in "rfw" and "adamw" decoupled.
+        batch_size: over which the loss is a mean, only of "rf" and "rfw".
         maximize: ascend.
 
     Raises:
@@ -120,7 +121,7 @@ def diagonal_update(
             raise ValueError(f"{op}: `{name}` must be in [0, 1), got {value}")
     check.not_negative(eps, "eps", op)
     if rule == "adamw" and (gamma != 1 or batch_size != 1):
-        raise ValueError(f'{op}: `gamma` and `batch_size` belong to rule="rf", got {gamma} and {batch_size} with "adamw"')
+        raise ValueError(f'{op}: `gamma` and `batch_size` are of "rf" and "rfw", got {gamma} and {batch_size} with "adamw"')
     if not params:
         return
     lr = torch.tensor(lr, dtype=torch.float64) if isinstance(lr, int | float) else check.tensor(lr, "lr", op)

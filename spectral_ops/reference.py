@@ -343,10 +343,11 @@ def apply_root(
 # --- factor and rounding ----------------------------------------------------------------------------------------------
 
 
-def factor_update(k: Tensor, m: Tensor, step: Tensor) -> Tensor:
+def factor_update(k: Tensor, m: Tensor, step: Tensor, seed: Tensor | None = None) -> Tensor:
     k32, m = raised(k), raised(m)
     bounded = step / frobenius(m).clamp(min=1)
-    return (k32 - block(bounded) * (k32 @ m)).to(k.dtype).contiguous()
+    change = (block(bounded) * (k32 @ m)).add_(0)  # of zeros this leaves the positive one, which changes no −0 of `k`
+    return rounded(k32 - change, k.dtype, seed).contiguous()
 
 
 MASK = 0xFFFFFFFF
@@ -468,7 +469,9 @@ def diagonal_update(
             new = old - rate * decay * old - rate / bias1 * momentum / ((second / bias2).sqrt() + eps)
         else:
             second = (1 - (1 - beta2) * gamma) * raised(s) + (1 - beta2) * batch_size * g.square()
-            momentum = beta1 * raised(m) + g / (second + eps) + decay * old
-            new = old - rate * momentum
+            momentum = beta1 * raised(m) + g / (second + eps)
+            change = momentum + decay * old
+            momentum = change if rule == "rf" else momentum
+            new = old - rate * change
         for x, value in ((p, new), (m, momentum), (s, second)):
             torch.where(moves, value.to(x.dtype), x, out=x)

@@ -168,7 +168,7 @@ def test_factor_integers():
     "old,new",
     [
         ("tl.where(norm <= 1, 1.0, norm)", "1.0"),
-        ("BLOCK) - bounded * w", "BLOCK) + bounded * w"),
+        ("BLOCK) - (bounded * w", "BLOCK) + (bounded * w"),
         ("_load(k, k_row, k_col, i", "_load(k, k_col, k_row, i"),
         (
             "inside = (o < n - i * BLOCK)[:, None] & (o < n - j * BLOCK)[None, :]",
@@ -192,6 +192,68 @@ def test_factor(dtypes, scale, composition, assert_as_accurate):
         composed = composition(reference.factor_update, k, m.to(k.dtype), step.to(k.dtype))
         assert got.dtype == k.dtype
         assert_as_accurate(got, composed, reference.factor_update(*double(k, m, step)))
+
+
+def check_factor_rounding(module) -> None:
+    """Fractions that bfloat16 cannot hold, with the limit at work (n = 16) and without: bit for bit. Other dtypes have no
+    use for random bits."""
+    for b, n in ((1, 1), (3, 7), (2, 16), (2, 37), (0, 5), (2, 0)):
+        k, step, seed = integers(b, n, n, largest=255), torch.tensor([1.0, 2.0, 4.0])[:b], torch.randint(-(2**62), 2**62, (b,))
+        m = (1 - 2 * torch.randint(2, (b, n, n))) * (1.0 if n == 16 else 1 / 64)
+        k16, m16 = k.bfloat16(), m.bfloat16()
+        want = reference.factor_update(k16, m16, step, seed)
+        if n > 1 and b:
+            assert not torch.equal(want, reference.factor_update(k16, m16, step))
+        strided, transposed = torch.stack([m16, m16], -1)[..., 0], m16.mT.contiguous().mT
+        for left, right in ((k16, strided), (k16.mT.contiguous().mT, transposed), (k16, m)):
+            assert torch.equal(bits(module.factor_update(left, right, step, SMALL, seed)), bits(want))
+        assert torch.equal(module.factor_update(k, m, step, SMALL, seed), reference.factor_update(k, m, step))
+
+
+def test_factor_rounding():
+    check_factor_rounding(factor)
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("tl.load(seed + matrix), i, j", "tl.load(seed + matrix), j, i"),
+        ("tl.load(seed + matrix)", "tl.load(seed)"),
+        ("element_ty, bits)", "element_ty, None)"),
+    ],
+)
+def test_factor_rounding_mutants_are_caught(mutant, old, new):
+    with pytest.raises(AssertionError):
+        check_factor_rounding(mutant(factor, old, new))
+
+
+def check_factor_step_0(module, seed=None) -> None:
+    """Every bit stays, also of a zero's sign."""
+    for dtype in DTYPES:
+        k, m = torch.randn(2, 21, 21).to(dtype), torch.randn(2, 21, 21).to(dtype)
+        k[:, ::2, 3] = -0.0
+        assert torch.equal(bits(module.factor_update(k, m, torch.zeros(2), SMALL, seed)), bits(k))
+
+
+@pytest.mark.parametrize("seed", [None, torch.tensor([5, -6])])
+def test_factor_with_step_0(mutant, seed):
+    check_factor_step_0(factor, seed)
+    with pytest.raises(AssertionError):
+        check_factor_step_0(mutant(factor, "bounded * w + 0.0", "bounded * w"), seed)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_stochastic_factor_updates_have_the_references_bits(batch, request):
+    k, m = integers(*batch, 35, 35, largest=255).bfloat16(), torch.full((*batch, 35, 35), 1 / 64)
+    stochastic = {"rounding": "stochastic"}
+    calls = [(k.mT, {**stochastic, "seed": seed}) for seed in (3, torch.randint(2**62, batch))]
+    calls += [(k.float(), stochastic), (k, {})]
+    want = [ops.factor_update(x, m, 2.0, **options) for x, options in calls]
+    request.getfixturevalue("kernels_on_cpu")
+    for (x, options), expected in zip(calls, want, strict=True):
+        with recording() as launches:
+            assert torch.equal(bits(ops.factor_update(x, m, 2.0, **options)), bits(expected))
+        assert len(launches) == 2
 
 
 def test_factor_with_a_momentum_that_is_not_finite_is_the_references():
@@ -403,7 +465,7 @@ def test_a_learning_rate_elsewhere_goes_by_value():
 # --- elementwise optimizers -------------------------------------------------------------------------------------------
 
 SIZES = ((), (5,), (0,), (1024,), (3, 7, 11), (8192,), (8193,), (90, 100), (0, 4))
-RULES = (("rf", 1.0, 8.0), ("rf", 0.0, 1.0), ("adamw", 1.0, 1.0))
+RULES = (("rf", 1.0, 8.0), ("rf", 0.0, 1.0), ("rfw", 0.0, 8.0), ("adamw", 1.0, 1.0))
 
 
 def diagonal_arguments(sizes, dtypes=(torch.float32,) * 4, offset: int = 8):
@@ -463,6 +525,9 @@ def test_diagonal(dtypes, offset, composition, assert_as_accurate):
         ("i + BLOCK <= left", "i <= left"),
         ("/ (second + eps)", "/ second"),
         ("1 - (1 - beta2) * gamma", "beta2"),
+        ("average + weight_decay * old", "average + weight_decay"),
+        ("change if COUPLED else average", "average"),
+        ("change if COUPLED else average", "change"),
         ("result + rest * (1.0 - result)", "result + rest"),
         ("old - rate * weight_decay * old -", "old - rate * weight_decay -"),
         ("tl.sqrt(second) / root + eps", "tl.sqrt(second) + eps"),
@@ -486,7 +551,7 @@ def test_diagonal_mutants_are_caught(mutant, old, new):
 def check_flaws(module) -> None:
     """What is wrong with a gradient is found wherever it is, and only its own tensor stays as it is."""
     sizes = (3,), (module.CHECKED + 1,), (7,), (7,), (2,), (4,)
-    for lr, rule in itertools.product((0.1, 0.0), ("adamw", "rf")):
+    for lr, rule in itertools.product((0.1, 0.0), ("adamw", "rf", "rfw")):
         lists = [[torch.randn(s) for s in sizes] for _ in range(3)] + [[positive(*s) for s in sizes]]
         for i, flaw in ((1, NAN), (2, float("-inf")), (4, 1e30)):
             lists[1][i][-1] = flaw
@@ -559,17 +624,17 @@ def test_the_reference_is_torchs_adamw():
 
 
 def test_the_reference_is_root_free():
-    """Lin et al., 2024, Fig. 6, element by element."""
+    """Lin et al., 2024, Fig. 6, element by element; "rfw" has the decay in the parameter alone."""
     p, g, m, s = (torch.rand(4, dtype=torch.float64) + 0.5 for _ in range(4))
-    for gamma, batch_size in ((1.0, 8.0), (0.0, 1.0)):
+    for rule, gamma, batch_size in itertools.product(("rf", "rfw"), (1.0, 0.0), (8.0, 1.0)):
         want = []
         for a, b, c, d in zip(*(x.tolist() for x in (p, g, m, s)), strict=True):
             d = (1 - 0.01 * gamma) * d + 0.01 * batch_size * b * b
-            c = 0.9 * c + b / (d + 0.1) + 0.2 * a
-            want.append((a - 0.5 * c, c, d))
+            c = 0.9 * c + b / (d + 0.1) + (0.2 * a if rule == "rf" else 0.0)
+            want.append((a - 0.5 * (c + (0.2 * a if rule == "rfw" else 0.0)), c, d))
         options = {"betas": (0.9, 0.99), "gamma": gamma, "eps": 0.1, "weight_decay": 0.2, "batch_size": batch_size}
         counts = [torch.tensor(0.0)], [torch.tensor(0)]
-        ops.diagonal_update([p], [g], [m], [s], *counts, torch.tensor(0.5).double(), rule="rf", **options)
+        ops.diagonal_update([p], [g], [m], [s], *counts, torch.tensor(0.5).double(), rule=rule, **options)
         torch.testing.assert_close(torch.stack([p, m, s], -1), torch.tensor(want, dtype=torch.float64), rtol=1e-13, atol=0)
 
 
@@ -590,7 +655,7 @@ def op_cases(dtype: torch.dtype = torch.float32):
     return {
         "stochastic_round": ((x.float(), 5), {}),
         "spectrum_update": ((*vector, 0.1), {"damping": 0.2}),
-        "factor_update": ((k.mT, momentum, 0.3), {}),
+        "factor_update": ((k.mT, momentum, 0.3), {"rounding": "stochastic", "seed": 5}),
         "momentum_update": ((x[0], x[1].mT.contiguous().mT, flags, 0.9), {"maximize": True}),
         "parameter_update": (([x[0, :2], x[1, :1]], u, u.square().sum(-1), flags, *counts, lr), {"weight_decay": 0.1}),
         "diagonal_update": ((*four, *lists, lr), {"rule": "adamw", **options}),
@@ -691,13 +756,13 @@ def diagonal_call(**options):
 @pytest.mark.parametrize(
     "options,error,message",
     [
-        ({"rule": "adam"}, ValueError, r"`rule` must be one of 'adamw', 'rf', got 'adam'"),
+        ({"rule": "adam"}, ValueError, r"`rule` must be one of 'adamw', 'rf', 'rfw', got 'adam'"),
         ({"grads": []}, ValueError, r"`grads` must be as long as `params`, 1, got 0"),
         ({"seconds": [torch.ones(4)]}, ValueError, r"`seconds\[0\]` must have shape \(3,\), got \(4,\)"),
         ({"momenta": [3]}, TypeError, r"`momenta\[0\]` must be a tensor, got int"),
         ({"betas": (0.9, 1.0)}, ValueError, r"`betas\[1\]` must be in \[0, 1\), got 1.0"),
         ({"eps": -1.0}, ValueError, r"`eps` must be at least 0, got -1.0"),
-        ({"gamma": 0.0}, ValueError, r'`gamma` and `batch_size` belong to rule="rf", got 0.0 and 1.0 with "adamw"'),
+        ({"gamma": 0.0}, ValueError, r'`gamma` and `batch_size` are of "rf" and "rfw", got 0.0 and 1.0 with "adamw"'),
         ({"lr": torch.ones(2)}, ValueError, r"`lr` must have one element, got shape \(2,\) on cpu"),
         ({"steps": [torch.tensor(1)]}, ValueError, r"`steps\[0\]` must hold 1 torch.float32 on cpu, got torch.int64"),
         ({"skipped": [torch.ones(2).long()]}, ValueError, r"`skipped\[0\]` must hold 1 torch.int64 on cpu, got .* \(2,\)"),

@@ -372,6 +372,29 @@ def test_factor_update_formula(scale, batch):
     assert_close(ops.factor_update(k, m, 0.3), k @ (torch.eye(5) - 0.3 * m / norm))
 
 
+def test_factor_update_is_unbiased_with_stochastic_rounding():
+    count, k, m = 20000, torch.randn(3, 3).bfloat16(), 0.1 * torch.randn(3, 3)
+    exact = ops.factor_update(k.float(), m, 0.01).double()
+    many = ops.factor_update(k.expand(count, 3, 3), m.expand(count, 3, 3), 0.01, rounding="stochastic").double()
+    gap = torch.exp2(exact.abs().log2().floor() - 7)  # between bfloat16 neighbours
+    bound = 5 * gap / 2 / math.sqrt(count)
+    assert ((many.mean(0) - exact).abs() < bound).all() and ((many - exact).abs() < gap).all()
+    assert ((ops.factor_update(k, m, 0.01).double() - exact).abs() > bound).any()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_factor_update_with_step_0_keeps_every_bit(rounding):
+    k, m = torch.randn(2, 9, 9).bfloat16(), 10 * torch.randn(2, 9, 9)
+    k[:, ::2, 3] = -0.0
+    got = ops.factor_update(k, m, 0.0, rounding=rounding, seed=4)
+    assert torch.equal(got.view(torch.int16), k.view(torch.int16))
+
+
+def test_the_seed_of_factor_update_may_be_left_out():
+    k, m, step = torch.randn(4, 4).bfloat16(), torch.randn(4, 4).bfloat16(), torch.tensor(0.1)
+    assert torch.equal(torch.ops.spectral_ops.factor_update(k, m, step), ops.factor_update(k, m, 0.1))
+
+
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +459,7 @@ def arguments(name: str, dtype: torch.dtype, n: int = 6, m: int = 9, batch: tupl
         "cayley_track": ((b_n, generator, d_n), {"residual": residual, "seed": 3}),
         "spectrum_update": ((d_n, d_m, alpha, d_n, d_m, 0.1), {}),
         "apply_root": ((x, b_n, d_n, b_m, d_m, alpha, 2.0), {}),
-        "factor_update": ((b_n, generator, 0.1), {}),
+        "factor_update": ((b_n, generator, 0.1), {"rounding": "stochastic", "seed": 3}),
         "stochastic_round": ((x.float(), 3), {}),
     }[name]
 
@@ -540,6 +563,7 @@ def test_wrong_types_are_named(name):
             lambda x, d: ops.cayley_update(x[..., :6], x[..., :6], rounding="up"),
             r"`rounding` must be one of .*got 'up'",
         ),
+        (lambda x, d: ops.factor_update(x[..., :6], x[..., :6], 1.0, rounding="up"), r"`rounding` must be one of .*got 'up'"),
         (lambda x, d: ops.cayley_update(x[..., :6], x[..., :6], d), r"`step` must be a number or have shape \(2,\)"),
         (
             lambda x, d: ops.cayley_track(x[..., :6], x[..., :6], d, limit=1.5, order=2),

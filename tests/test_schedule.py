@@ -13,7 +13,7 @@ from spectral_ops.optim._schedule import Schedule
 
 
 def piece(n: int, m: int, count: int, index: int, start: int = 0) -> Piece:
-    return Piece(torch.empty(count * n, m, device="meta"), start, n, (count,), n, m, "", index)
+    return Piece(torch.empty(count * n, m, device="meta"), start, n, (count,), n, m, "", index, (n, m))
 
 
 SHAPES = (4, 4, 7), (8, 4, 1), (4, 4, 2), (4, 16, 3), (8, 4, 5), (1, 1, 1)

@@ -1,0 +1,185 @@
+"""KrADagrad and KrADagrad*: a matrix that approximates the inverse of the empirical Fisher directly, without an inversion.
+
+Mei, Moreno, Walters, 2023, "KrADagrad: Kronecker Approximation-Domination Gradient Preconditioned Stochastic Optimization",
+Algorithm 1, (9) to (13) and Sec. 3.3. `L` is the left (row) side, `R` the right one. Algorithm 1 prints the pair swapped where
+it updates them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import spectral_ops as ops
+from spectral_ops.optim import _options as check
+from spectral_ops.optim._engine import Batch
+from spectral_ops.optim._factors import multiplied, rest, seeds, store, unfolded
+from spectral_ops.optim._kronecker import KroneckerOptimizer, axes, multiply, shaped
+from spectral_ops.optim._pieces import Group
+from spectral_ops.reference import add_diagonal, block, column, frobenius, keep, matched, raised, rounded, rounded_symmetric
+
+ROOTS = ("tracking", "eigh")
+EPSILON = 0.1  # relative eigenvalue gap under which rotations are damped
+
+
+class KrADagradStar(KroneckerOptimizer):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.5e-2,
+        momentum: float = 0.9,
+        damping: float = 0.0,
+        weight_decay: float = 0.0,
+        batch_size: Any = 1,
+        update_interval: int = 1,
+        *,
+        roots: str = "tracking",
+        update_scale: str | None = "rms",
+        decoupled_weight_decay: bool | None = None,
+        per_axis: bool = False,
+        max_preconditioner_dim: int = 8192,
+        preconditioner_dtype: torch.dtype | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        seed: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        **unknown: Any,
+    ):
+        super().__init__(params, locals())
+
+    def check_options(self, group: Group) -> None:
+        super().check_options(group)
+        check.choice(group, "roots", ROOTS)
+
+    def layout(self, group: Group) -> tuple[Any, ...]:
+        return (*super().layout(group), group["roots"])
+
+    def init_axis(self, group: Group, start: Tensor) -> dict[str, Tensor]:
+        if group["roots"] == "eigh" or start.ndim == 1:
+            return {"factor": start, "root": start}
+        # The factor is `B (Diag(d) + residual) Bᵀ`: in a basis where it is nearly diagonal, its eigenvalues keep their relative
+        # precision, where a rounded factor loses those under its largest one's rounding error, even their sign, and diverges.
+        d = raised(start.diagonal(dim1=-2, dim2=-1))
+        return {"basis": start, "eigenvalues": d, "residual": torch.zeros_like(start), "root": start}
+
+    def root(self, batch: Batch) -> int:
+        """Which root of its factors the update is multiplied by: of half the power, as AdaGrad has it, and of a geometric mean of
+        as many estimates as there are factors."""
+        return 2 * len(batch.dims)
+
+    def outer(self, batch: Batch, g: Tensor, axis: int) -> Tensor:
+        """`H` of an axis is `unfolded(g) unfolded(outer)ᵀ`."""
+        return g
+
+    def turn(self, batch: Batch, axis: int) -> Tensor | bool:
+        """Whether it is this axis' turn."""
+        return True
+
+    def learn(self, group: Group, batch: Batch, usable: Tensor, weight: Tensor) -> None:
+        """L ← L − L H L / t,   t = 1 + ‖H L‖_F,   H = b G Gᵀ + λ n I: as `L⁻¹ ← L⁻¹ + H / t`, to first order and from below."""
+        g = shaped(batch, batch.grad)
+        new = [self._shrunk(group, batch, axis, g, weight) for axis in range(len(batch.dims))]
+        for axis, t in enumerate(new):
+            mine = usable & self.turn(batch, axis) & t.isfinite().flatten(1).all(1)
+            self._keep(group, batch, axis, mine, t)
+
+    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`L^(1/4) x R^(1/4)`"""
+        return multiply(batch, "root", x, -0.5)
+
+    def _shrunk(self, group: Group, batch: Batch, axis: int, g: Tensor, weight: Tensor) -> Tensor:
+        """The factor of an axis after this gradient, in its basis where it has one."""
+        t, basis = _factor(batch.state, axis)
+        left, right = unfolded(g, axis), unfolded(self.outer(batch, g, axis), axis)
+        # In units of H's size, which may be too large a number
+        norms = [frobenius(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (left, right)]
+        size = norms[0] * norms[1] * weight
+        shrink, size = size.clamp(min=1).reciprocal(), size.clamp(max=1)
+        damp = group["damping"] * rest(batch.dims, axis) * shrink
+        left, right = left / block(norms[0]), right / block(norms[1])
+        smallest = torch.finfo(t.dtype).eps  # of what remains: `1 − x` may be 0, which it is not
+        if t.ndim == 2:
+            h = (left * right).sum(-1) * column(size) + column(damp)
+            x = h * t / column(shrink + torch.linalg.vector_norm(h * t, dim=-1))
+            return t * (1 - x).clamp(min=smallest)
+        t, left = matched(t, left)
+        right = right.to(t.dtype)
+        if basis is not None:
+            left, right = basis.mT.to(t.dtype) @ left, basis.mT.to(t.dtype) @ right
+        h = add_diagonal((left @ right.mT) * block(size), column(damp))
+        ht = h @ t
+        change = t @ ht
+        new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht)))
+        d = t.diagonal(dim1=-2, dim2=-1)
+        new.diagonal(dim1=-2, dim2=-1).clamp_(min=smallest * d)
+        return new
+
+    def _keep(self, group: Group, batch: Batch, axis: int, mine: Tensor, t: Tensor) -> None:
+        """Store a factor and its root."""
+        s, root = batch.state, self.root(batch)
+        power, seed = s[f"root_{axis}"], seeds(s, axis)
+        if f"basis_{axis}" in s:
+            basis, d, residual = (s[f"{name}_{axis}"] for name in ("basis", "eigenvalues", "residual"))
+            turned, new, off, value = tracked_root(t, raised(basis).to(t.dtype), root)
+            keep(mine, basis, rounded(turned, basis.dtype, seed))
+            keep(mine, d, new)
+            keep(mine, residual, rounded_symmetric(off, residual.dtype, None if seed is None else ~seed))
+        elif t.ndim == 2:
+            factor = s[f"factor_{axis}"]
+            store(mine, factor, t, seed)
+            value = raised(factor).pow(1 / root)
+        else:
+            factor = s[f"factor_{axis}"]
+            d, v = torch.linalg.eigh(torch.where(block(mine), t, raised(factor).to(t.dtype)))
+            d = d.clamp(min=8 * torch.finfo(factor.dtype).eps * d[..., -1:])  # below, even the sign is lost
+            store(mine, factor, (v * d.unsqueeze(-2)) @ v.mT, seed)
+            value = (v * d.pow(1 / root).unsqueeze(-2)) @ v.mT
+        store(mine, power, value)
+
+
+class KrADagrad(KrADagradStar):
+    def root(self, batch: Batch) -> int:
+        return 2
+
+    def outer(self, batch: Batch, g: Tensor, axis: int) -> Tensor:
+        return multiplied(g, [whole(batch.state, i) for i in range(len(batch.dims))], but=axis)
+
+    def turn(self, batch: Batch, axis: int) -> Tensor | bool:
+        return (batch.state["updates"] - 1) % len(batch.dims) == axis
+
+
+def whole(state: dict[str, Tensor], axis: int) -> Tensor:
+    """The factor of an axis, a matrix, or its diagonal where it has no more."""
+    t, basis = _factor(state, axis)
+    return t if basis is None else basis @ (t @ basis.mT)
+
+
+def _factor(state: dict[str, Tensor], axis: int) -> tuple[Tensor, Tensor | None]:
+    """The factor of an axis in a basis, and that; None: the axes are its basis."""
+    if f"factor_{axis}" in state:
+        return raised(state[f"factor_{axis}"]), None
+    basis, d, residual = (raised(state[f"{name}_{axis}"]) for name in ("basis", "eigenvalues", "residual"))
+    return residual + torch.diag_embed(d), basis
+
+
+def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The basis of `B T Bᵀ` turned towards its eigenbasis, the diagonal of `T` in it and the rest, and the root of `B T Bᵀ`: by
+    products of matrices alone.
+
+    The root of `Diag(d) + R` is that of `Diag(d)` and, to first order, `R` times the divided differences of the root (Daleckii
+    and Krein, 1965). If `T` is positive semi-definite, so is this, and at least `1 − 1 / root` of the root of `Diag(d)`: scaled by
+    that from both sides the differences are `sinh(x/2) / sinh(root x/2)` of `x = log(d_i / d_j) / root`, a positive definite
+    function.
+    """
+    d = t.diagonal(dim1=-2, dim2=-1).clone()
+    gap, width = d.unsqueeze(-1) - d.unsqueeze(-2), EPSILON * (d.unsqueeze(-1) + d.unsqueeze(-2))
+    x = (-0.5 * t * gap / (gap.square() + width.square())).tril(-1)
+    turned, d, off = ops.cayley_track(basis, x - x.mT, d, residual=t - torch.diag_embed(d))
+    assert off is not None
+    d = d.clamp(min=torch.finfo(t.dtype).eps ** 2 * d.amax(-1, keepdim=True))  # of a basis that is orthogonal to eps
+    p = d.pow(1 / root)
+    # (p_i − p_j)/(d_i − d_j), without a division by a gap
+    powers = sum(p.unsqueeze(-1) ** k * p.unsqueeze(-2) ** (root - 1 - k) for k in range(root))
+    f = off / powers + torch.diag_embed(p)
+    return turned, d, off, turned @ f @ turned.mT
