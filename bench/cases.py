@@ -730,6 +730,55 @@ class FactorUpdate(Case):
         return Work(full(n, n, n), size * 4 * n * n)
 
 
+class InverseFreeUpdate(Case):
+    """One side of IF-Shampoo, of which each matrix has momentum and factor changed in place."""
+
+    name, roundings = "inverse_free_update", 2  # the momentum, then the factor from it
+    settings = (0.9, 0.5, 0.25)  # step, decay, gain
+
+    def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
+        k, momentum = (make.normal(batch, n, n) / math.sqrt(n) for _ in range(2))
+        momentum = momentum + momentum.mT
+        x = make.normal(batch, n, m).to(operands.dtype)
+        k, momentum = k.to(operands.dtype), momentum.to(operands.dtype)
+        share, usable = make.uniform(batch) / m, make.uniform(batch) > 0
+        return {
+            "k": k, "m": momentum, "x": x, "share": share, "damping": make.uniform(batch), "usable": usable,
+            "seed": make.seeds(batch),
+        }  # fmt: skip
+
+    def run(self, arguments: Arguments, config: Config | None = None) -> Results:
+        seed = arguments["seed"] if arguments["k"].dtype == torch.bfloat16 else None
+        KERNELS["inverse_free_update"](*(arguments | {"seed": seed}).values(), *self.settings, 1.0)
+        return self._changed(arguments)
+
+    def op(self, arguments: Arguments) -> Results:
+        step, decay, gain = self.settings
+        spectral_ops.inverse_free_update(**arguments, step=step, decay=decay, gain=gain)
+        return self._changed(arguments)
+
+    def eager(self, arguments: Arguments) -> Results:
+        k, m, x, share, damping, *_ = arguments.values()
+        step, decay, gain = self.settings
+        share, damping = (s[:, None, None].to(k.dtype) for s in (share, damping))
+        eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        m.mul_(decay).add_(share * (x @ x.mT) + damping * (k.mT @ k) - eye, alpha=gain)
+        bounded = step / torch.linalg.vector_norm(m, dim=(-2, -1)).clamp(min=1)
+        k.sub_(bounded[:, None, None].to(k.dtype) * (k @ m))
+        return self._changed(arguments)
+
+    def reference(self, arguments: Arguments) -> Results:
+        arguments = upcast(arguments) | {"seed": None}
+        reference.inverse_free_update(*arguments.values(), *self.settings, 1.0)
+        return self._changed(arguments)
+
+    def _changed(self, arguments: Arguments) -> Results:
+        return {name: arguments[name] for name in ("k", "m")}
+
+    def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
+        return Work(lower(n, m) + lower(n, n) + full(n, n, n), size * (n * m + 9 * n * n))
+
+
 class SpectrumUpdate(Case):
     """The paper's eigenvalues, by its exact map."""
 
@@ -947,7 +996,7 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Gram(), GramSkew(), SkewGenerator(), Track(both=False), Track(both=True), CayleyUpdate(),
-        *(CayleyTrack(order) for order in (2, 3, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(),
+        *(CayleyTrack(order) for order in (2, 3, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(), InverseFreeUpdate(),
         SpectrumUpdate(), StochasticRound(), Momentum(), ParameterUpdate(), DiagonalStep(),
     )
 }  # fmt: skip

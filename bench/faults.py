@@ -121,7 +121,7 @@ def trained(name: str, text: str, spoil: Spoil, warm: int = WARM, times: int = 2
 
 
 def spiked(name: str, text: str, spoil: Spoil, warm: int = WARM) -> Fault:
-    """An update that nothing scales, a paper's own, overshoots after a spike of 1e7 and more: then its gradients may overflow too,
+    """An update that nothing scales, a paper's own, overshoots after a spike of 1e7 and more: then its gradients may overflow,
     which skips steps, and it need only stay finite."""
 
     def observe(build: Build) -> str:

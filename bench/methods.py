@@ -183,9 +183,13 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("text", "adamw"): {"lr": 0.002, "betas": (0.9, 0.95), "rest_lr": 0.02, "refine": 0.7},
     ("text", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02, "refine": 1.4},
     ("text", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.003},
+    ("text", "if_shampoo"): {"lr": 0.04, "rest_lr": 0.003},
+    ("text", "rf_rmsprop"): {"lr": 0.01, "rest_lr": 0.01, "refine": 1.4},
     ("digits", "adamw"): {"lr": 0.002, "betas": (0.9, 0.99), "rest_lr": 0.02, "refine": 0.7},
     ("digits", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02},
     ("digits", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.02, "refine": 1.4},
+    ("digits", "if_shampoo"): {"lr": 0.04, "rest_lr": 0.02},
+    ("digits", "rf_rmsprop"): {"lr": 0.0025, "rest_lr": 0.02, "refine": 1.4},
 }
 
 

@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="PATH", help="a text file, or a folder of them; default: English text that comes with Python")
     add("--device", choices=["cpu", "cuda"], help="default: cpu")
     add("--threads", type=_positive, metavar="N", help="default on a CPU: 1")
-    add("--methods", type=_methods, metavar="A,B", help=f"default: {','.join(DEFAULTS['methods'])}")
+    add("--methods", "--optimizers", type=_methods, metavar="A,B", help=f"default: {','.join(DEFAULTS['methods'])}")
     add("--steps", type=_positive, metavar="N", help="default: the preset's")
     add("--seed", type=_seeds, action="extend", metavar="A,B", help="one or several, also repeated; default: 0")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="for the CSV and the PNG; default: out")

@@ -45,9 +45,9 @@ class Rule:
 class Batch:
     """Matrices of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
 
-    `dims` are the axes that have a factor: `(n, m)`, or more or fewer, whose product is `n · m`. `due` are the rows whose factors
-    are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices. `finite` marks, as
-    `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it, or `check` does.
+    `dims` are the axes that have a factor: `(n, m)`, or more or fewer, whose product is `n · m`. `due` are the rows whose
+    factors are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices.
+    `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
     """
 
     grad: Tensor
@@ -95,8 +95,8 @@ class MatrixOptimizer(Optimizer):
     }
 
     def __init__(self, params: Any, given: dict[str, Any]):
-        """`given` are the local variables of a subclass's constructor: its options, and in `unknown` those it does not list. They
-        are refused but for what groups have in any case, and what says no: frameworks pass `fused=False` to any optimizer."""
+        """`given` are the local variables of a subclass's constructor: its options, and in `unknown` those it does not list.
+        They are refused, but for what every group has, and what says no: frameworks pass `fused=False` to any optimizer."""
         shared = {name: value for name, value in given["unknown"].items() if name in self.shared_defaults}
         for name, value in given["unknown"].items():
             if value and name not in shared:
@@ -391,9 +391,9 @@ class MatrixOptimizer(Optimizer):
 
     def _elementwise_state(self, rule: Rule, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        fresh = rule.init_state(torch.empty_like(p, device="meta"))
-        if missing := [name for name in fresh if name not in state]:
-            if len(missing) < len(fresh):
+        names = "step", "skipped", *rule.moments
+        if missing := [name for name in names if name not in state]:
+            if len(missing) < len(names):
                 _require_none(missing, tuple(p.shape))
             fresh = rule.init_state(p)
             state.update({name: fresh[name] for name in missing})

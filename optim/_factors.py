@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.optim._pieces import Group, Piece
-from spectral_ops.reference import STREAM_SIDE, STREAM_STEP, block, column, keep, matched, raised, rounded
+from spectral_ops.reference import STREAM_SIDE, STREAM_STEP, frobenius, keep, matched, raised, rounded
 
 FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -74,7 +74,8 @@ def multiplied(x: Tensor, factors: list[Tensor], but: int | None = None, transpo
 
 def mean_square_entries(factor: Tensor) -> Tensor:
     """`Tr(KᵀK) / d`, `(b,)`."""
-    return raised(factor).square().sum((-2, -1) if factor.ndim == 3 else -1) / factor.shape[-1]
+    norm = frobenius(raised(factor)) if factor.ndim == 3 else torch.linalg.vector_norm(raised(factor), dim=-1)
+    return norm.square() / factor.shape[-1]
 
 
 def product_of_others(numbers: list[Tensor], axis: int) -> Tensor:
@@ -84,6 +85,20 @@ def product_of_others(numbers: list[Tensor], axis: int) -> Tensor:
         if i != axis:
             result = result * x
     return result
+
+
+OCTAVES = 8
+
+
+def balance(factors: list[Tensor], sizes: list[Tensor], usable: Tensor, power: int = 1) -> None:
+    """Multiply the factors, in place, by powers of two whose product is 1, so that `sizes`, which grow with them, stay near each
+    other. How a Kronecker product is shared between its factors makes no difference but for where numbers end: it drifts, and
+    in some thousand updates one factor would overflow. `power`: -1 for factors whose inverses have these sizes."""
+    logs = torch.stack(sizes).log2()
+    turns = ((logs.mean(0) - logs) / OCTAVES).round() * (OCTAVES * power)
+    turns[0] -= turns.sum(0)
+    for factor, turn in zip(factors, torch.where(usable, turns.exp2(), 1), strict=True):
+        factor.mul_(turn.view(-1, *[1] * (factor.ndim - 1)).to(factor.dtype))
 
 
 def rest(dims: tuple[int, ...], axis: int) -> int:

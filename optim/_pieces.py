@@ -17,8 +17,8 @@ Group = dict[str, Any]
 class Piece:
     """Rows `start … start + length` of a parameter, as `count` matrices of `n × m`. `lead` is `(count,)` or `()`.
 
-    `dims` are the axes that have a factor each: `(n, m)`, or those of the whole parameter that are longer than 1, of which `n` is
-    then the first.
+    `dims` are the axes that have a factor each: `(n, m)`, or those of the whole parameter that are longer than 1, of which `n`
+    is then the first.
     """
 
     parameter: Tensor

@@ -14,7 +14,7 @@ import spectral_ops as ops
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch
 from spectral_ops.optim._factors import multiplied, rest, seeds, store, unfolded
-from spectral_ops.optim._kronecker import KroneckerOptimizer, axes, multiply, shaped
+from spectral_ops.optim._kronecker import KroneckerOptimizer, multiply, shaped
 from spectral_ops.optim._pieces import Group
 from spectral_ops.reference import add_diagonal, block, column, frobenius, keep, matched, raised, rounded, rounded_symmetric
 
@@ -64,8 +64,8 @@ class KrADagradStar(KroneckerOptimizer):
         return {"basis": start, "eigenvalues": d, "residual": torch.zeros_like(start), "root": start}
 
     def root(self, batch: Batch) -> int:
-        """Which root of its factors the update is multiplied by: of half the power, as AdaGrad has it, and of a geometric mean of
-        as many estimates as there are factors."""
+        """Which root of its factors the update is multiplied by: of half the power, as AdaGrad has it, and of a geometric mean
+        of as many estimates as there are factors."""
         return 2 * len(batch.dims)
 
     def outer(self, batch: Batch, g: Tensor, axis: int) -> Tensor:
@@ -80,16 +80,16 @@ class KrADagradStar(KroneckerOptimizer):
         """L ← L − L H L / t,   t = 1 + ‖H L‖_F,   H = b G Gᵀ + λ n I: as `L⁻¹ ← L⁻¹ + H / t`, to first order and from below."""
         g = shaped(batch, batch.grad)
         new = [self._shrunk(group, batch, axis, g, weight) for axis in range(len(batch.dims))]
-        for axis, t in enumerate(new):
+        for axis, (t, basis) in enumerate(new):
             mine = usable & self.turn(batch, axis) & t.isfinite().flatten(1).all(1)
-            self._keep(group, batch, axis, mine, t)
+            self._keep(batch, axis, mine, t, basis)
 
     def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """`L^(1/4) x R^(1/4)`"""
         return multiply(batch, "root", x, -0.5)
 
-    def _shrunk(self, group: Group, batch: Batch, axis: int, g: Tensor, weight: Tensor) -> Tensor:
-        """The factor of an axis after this gradient, in its basis where it has one."""
+    def _shrunk(self, group: Group, batch: Batch, axis: int, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The factor of an axis after this gradient, in a basis, and that."""
         t, basis = _factor(batch.state, axis)
         left, right = unfolded(g, axis), unfolded(self.outer(batch, g, axis), axis)
         # In units of H's size, which may be too large a number
@@ -102,40 +102,38 @@ class KrADagradStar(KroneckerOptimizer):
         if t.ndim == 2:
             h = (left * right).sum(-1) * column(size) + column(damp)
             x = h * t / column(shrink + torch.linalg.vector_norm(h * t, dim=-1))
-            return t * (1 - x).clamp(min=smallest)
+            return t * (1 - x).clamp(min=smallest), None
         t, left = matched(t, left)
         right = right.to(t.dtype)
         if basis is not None:
-            left, right = basis.mT.to(t.dtype) @ left, basis.mT.to(t.dtype) @ right
-        h = add_diagonal((left @ right.mT) * block(size), column(damp))
+            basis = basis.to(t.dtype)
+            left, right = basis.mT @ left, basis.mT @ right
+        h = add_diagonal((left @ right.mT) * block(size).to(t.dtype), column(damp))
         ht = h @ t
         change = t @ ht
-        new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht)))
-        d = t.diagonal(dim1=-2, dim2=-1)
-        new.diagonal(dim1=-2, dim2=-1).clamp_(min=smallest * d)
-        return new
+        new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht))).to(t.dtype)
+        new.diagonal(dim1=-2, dim2=-1).clamp_(min=smallest * t.diagonal(dim1=-2, dim2=-1))
+        return new, basis
 
-    def _keep(self, group: Group, batch: Batch, axis: int, mine: Tensor, t: Tensor) -> None:
+    def _keep(self, batch: Batch, axis: int, mine: Tensor, t: Tensor, basis: Tensor | None) -> None:
         """Store a factor and its root."""
-        s, root = batch.state, self.root(batch)
-        power, seed = s[f"root_{axis}"], seeds(s, axis)
-        if f"basis_{axis}" in s:
-            basis, d, residual = (s[f"{name}_{axis}"] for name in ("basis", "eigenvalues", "residual"))
-            turned, new, off, value = tracked_root(t, raised(basis).to(t.dtype), root)
-            keep(mine, basis, rounded(turned, basis.dtype, seed))
-            keep(mine, d, new)
-            keep(mine, residual, rounded_symmetric(off, residual.dtype, None if seed is None else ~seed))
+        s, root, seed = batch.state, self.root(batch), seeds(batch.state, axis)
+        if basis is not None:
+            turned, d, residual, value = tracked_root(t, basis, root)
+            old = {name: s[f"{name}_{axis}"] for name in ("basis", "eigenvalues", "residual")}
+            keep(mine, old["basis"], rounded(turned, old["basis"].dtype, seed))
+            keep(mine, old["eigenvalues"], d)
+            keep(mine, old["residual"], rounded_symmetric(residual, old["residual"].dtype, None if seed is None else ~seed))
         elif t.ndim == 2:
-            factor = s[f"factor_{axis}"]
-            store(mine, factor, t, seed)
-            value = raised(factor).pow(1 / root)
+            store(mine, s[f"factor_{axis}"], t, seed)
+            value = t.pow(1 / root)
         else:
             factor = s[f"factor_{axis}"]
-            d, v = torch.linalg.eigh(torch.where(block(mine), t, raised(factor).to(t.dtype)))
-            d = d.clamp(min=8 * torch.finfo(factor.dtype).eps * d[..., -1:])  # below, even the sign is lost
+            d, v = torch.linalg.eigh(torch.where(block(mine), t, factor.to(t.dtype)))
+            d = d.clamp(min=8 * torch.finfo(factor.dtype).eps * d[..., -1:])  # of less, not even the sign is known
             store(mine, factor, (v * d.unsqueeze(-2)) @ v.mT, seed)
             value = (v * d.pow(1 / root).unsqueeze(-2)) @ v.mT
-        store(mine, power, value)
+        store(mine, s[f"root_{axis}"], value)
 
 
 class KrADagrad(KrADagradStar):
@@ -160,17 +158,19 @@ def _factor(state: dict[str, Tensor], axis: int) -> tuple[Tensor, Tensor | None]
     if f"factor_{axis}" in state:
         return raised(state[f"factor_{axis}"]), None
     basis, d, residual = (raised(state[f"{name}_{axis}"]) for name in ("basis", "eigenvalues", "residual"))
+    if state[f"basis_{axis}"].dtype == torch.bfloat16:  # its lengths are off, and would multiply the eigenvalues in every turn
+        basis = basis @ add_diagonal(-0.5 * (basis.mT @ basis), 1.5)
     return residual + torch.diag_embed(d), basis
 
 
 def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The basis of `B T Bᵀ` turned towards its eigenbasis, the diagonal of `T` in it and the rest, and the root of `B T Bᵀ`: by
-    products of matrices alone.
+    """The basis `B` of `B T Bᵀ` turned towards its eigenbasis, the diagonal of `T` and the rest of it there, and the root of
+    `B T Bᵀ`: by products of matrices alone.
 
     The root of `Diag(d) + R` is that of `Diag(d)` and, to first order, `R` times the divided differences of the root (Daleckii
-    and Krein, 1965). If `T` is positive semi-definite, so is this, and at least `1 − 1 / root` of the root of `Diag(d)`: scaled by
-    that from both sides the differences are `sinh(x/2) / sinh(root x/2)` of `x = log(d_i / d_j) / root`, a positive definite
-    function.
+    and Krein, 1965). If `T` is positive semi-definite, so is this, and at least `1 − 1 / root` of the root `p` of `d`: the
+    differences, times what makes `Diag(d)` the identity and over `√(p_i p_j)`, are `sinh(x/2) / sinh(root x/2)` of
+    `x = log(p_i / p_j)`, a positive definite function that is `1 / root` at 0.
     """
     d = t.diagonal(dim1=-2, dim2=-1).clone()
     gap, width = d.unsqueeze(-1) - d.unsqueeze(-2), EPSILON * (d.unsqueeze(-1) + d.unsqueeze(-2))

@@ -22,6 +22,32 @@ LARGEST = 1e15  # of the inverse, where γ = 1: it grows wherever no gradient po
 
 
 class RFFullAdaGrad(KroneckerOptimizer):
+    r"""AdaGrad with a full matrix for each parameter and without the square root: for small problems.
+
+    For the gradient `g` of a parameter of `n` elements, `H = b g gᵀ`, it keeps the `n × n` matrix `S⁻¹` (`inverse_free=True`),
+
+        S⁻¹ ← (1 − β₂ γ) S⁻¹ − β₂ S⁻¹HS⁻¹ + β₂²/2 (S⁻¹HS⁻¹HS⁻¹ + 2γ S⁻¹HS⁻¹ + γ² S⁻¹)
+
+    which is positive definite by construction (Claim 3) and two products of a matrix with a vector; or `S ← (1 − β₂ γ) S + β₂ (H +
+    λ I)` and its inverse. The first shrinks `S⁻¹` only for `β₂ b gᵀS⁻¹g < 2`, so its `β₂` is limited to `1 / (b gᵀS⁻¹g)`.
+
+    `update_scale=None` is the paper's box, `m ← α₁ m + S⁻¹ g + κ θ`, `θ ← θ − lr · m`; otherwise scale, momentum and decay are those
+    of `IFShampoo`. All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`.
+
+    Args:
+        preconditioner_lr: `β₂`, in (0, 1). None: 0.01 with `update_scale=None`, else 0.3.
+        damping: `λ`, only with `inverse_free=False`.
+        inverse_free: keep `S⁻¹` alone.
+        gamma: `γ`: 0 for a sum, AdaGrad; 1 for a moving average.
+        max_preconditioner_dim: parameters of more elements keep a diagonal.
+        others: as of `IFShampoo`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `IFShampoo`.
+
+    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective", (17), (18), (25).
+    """
+
     def __init__(
         self,
         params: Any,

@@ -21,7 +21,7 @@ class RootFree(MatrixOptimizer):
         check.choice(group, "decoupled_weight_decay", (True, False))
         check.batch_size(group)
         if isinstance(group["batch_size"], Tensor):
-            raise TypeError(f"{type(self).__name__} takes `batch_size` as a number or a function that returns one, got a tensor")
+            raise TypeError(f"{type(self).__name__} takes `batch_size` as a number or a function of such, got a tensor")
 
     def _is_matrix(self, group: Group, i: int) -> bool:
         return False
@@ -43,6 +43,39 @@ class RootFree(MatrixOptimizer):
 
 
 class RFRMSprop(RootFree):
+    r"""RMSprop without the square root; all parameters in two launches.
+
+        s ← (1 − β₂) s + β₂ b g²,   s starts at 1
+        m ← α₁ m + g / (s + λ) + κ θ,   θ ← θ − lr · m
+
+    All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`. The update is not scaled: `lr` is
+    that of a second-order method, and `b` decides how soon `s` forgets that it started at 1.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate, a float or a tensor of one element.
+        alpha: `1 − β₂`, as in `torch.optim.RMSprop`.
+        eps: `λ`.
+        weight_decay: `κ`.
+        momentum: `α₁`.
+        batch_size: `b`, over which the loss is a mean: a number, or a function without arguments that returns one and is called in
+            every step. It is not part of a checkpoint then.
+        decoupled_weight_decay: `θ ← θ − lr (m + κ θ)`, and no `κ θ` in `m`.
+        adamw_betas, adamw_eps: of AdamW inside.
+        maximize: ascend.
+        capturable: the step may be captured in a CUDA graph, once one was made without. A tensor `lr` must be on the device.
+        unknown: options of other optimizers, as long as they are false.
+
+    A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;
+    `skipped_steps()` counts that.
+
+    Raises:
+        ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.
+        RuntimeError: sparse gradients.
+
+    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective", Fig. 4, Fig. 6.
+    """
+
     def __init__(
         self,
         params: Any,
@@ -71,6 +104,18 @@ class RFRMSprop(RootFree):
 
 
 class RFAdaGrad(RootFree):
+    r"""Diagonal AdaGrad without the square root: `RFRMSprop` with a sum, `s ← s + β₂ b g²`, in place of an average.
+
+    Args:
+        preconditioner_lr: `β₂`, in (0, 1).
+        others: as of `RFRMSprop`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `RFRMSprop`.
+
+    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective", Sec. 4.1, Fig. 6.
+    """
+
     def __init__(
         self,
         params: Any,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch
-from spectral_ops.optim._factors import multiplied, product_of_others, rest, ridged, seeds, store, unfolded
+from spectral_ops.optim._factors import balance, multiplied, product_of_others, rest, ridged, seeds, store, unfolded
 from spectral_ops.optim._kronecker import KroneckerOptimizer, axes, multiply, shaped
 from spectral_ops.optim._pieces import Group
 from spectral_ops.reference import add_diagonal, block, column, raised
@@ -21,6 +21,29 @@ LARGEST = 1e30  # of a factor's entries: larger ones may overflow
 
 
 class RFShampoo(KroneckerOptimizer):
+    r"""Shampoo without the square root.
+
+    For a weight `p × d` with gradient `G` of a loss that is a mean over `b`, with `S = S_C ⊗ S_K`:
+
+        S_C ← (1 − β₂ γ) S_C + β₂/d (b G S_K⁻¹ Gᵀ + λ Tr(S_K⁻¹) I), and the mirror image for S_K, both from the old inverses
+
+    `update_scale=None` is the paper's box, `m ← α₁ m + S_C⁻¹ G S_K⁻¹ + κ θ`, `θ ← θ − lr · m`; otherwise scale, momentum and decay
+    are those of `IFShampoo`, which does the same to first order without an inverse (Claim 10). Factors are inverted by Cholesky
+    decompositions, with 8 machine epsilons of their largest diagonal element added.
+
+    Args:
+        preconditioner_lr: `β₂`, in (0, 1). None: 0.01 with `update_scale=None`, else 0.3.
+        damping: `λ`.
+        gamma: `γ`: 1 for a moving average, 0 for a sum.
+        others: as of `IFShampoo`; `preconditioner_dtype` is of factors and inverses, and bfloat16 resolves eigenvalues down to a
+            sixteenth of the largest only.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `IFShampoo`.
+
+    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective", Fig. 5, Fig. 7.
+    """
+
     def __init__(
         self,
         params: Any,
@@ -67,6 +90,9 @@ def learn(group: Group, batch: Batch, usable: Tensor, weight: Tensor) -> None:
     """S_C ← (1 − β₂ γ) S_C + β₂/d (b G S_K⁻¹ Gᵀ + λ Tr(S_K⁻¹) I), and its mirror image."""
     beta, s, factors, inverses = step(group), batch.state, axes(batch, "factor"), axes(batch, "inverse")
     g = shaped(batch, batch.grad)
+    sizes = [_diagonal(x).mean(-1) for x in inverses]
+    balance(inverses, sizes, usable)
+    balance(factors, sizes, usable, power=-1)
     traces = [_diagonal(x).mean(-1) for x in inverses]
     new = []
     for axis, factor in enumerate(factors):

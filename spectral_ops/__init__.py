@@ -8,6 +8,7 @@ from spectral_ops.cayley import cayley, cayley_truncated, cayley_update
 from spectral_ops.diagonal import diagonal_update
 from spectral_ops.factor import factor_update
 from spectral_ops.gram import gram
+from spectral_ops.inverse_free import inverse_free_update
 from spectral_ops.kron import kron_track
 from spectral_ops.root import apply_root
 from spectral_ops.rounding import stochastic_round
@@ -29,6 +30,7 @@ __all__ = [
     "gram",
     "gram_skew",
     "gram_track",
+    "inverse_free_update",
     "kron_track",
     "momentum_update",
     "parameter_update",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
-from spectral_ops import reference
+from spectral_ops import host
 from spectral_ops._library import define
 
 RULES = ("adamw", "rf", "rfw")
@@ -43,7 +43,7 @@ _diagonal_update = define(
     "diagonal_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] seconds, Tensor(d!)[] steps,"
     " Tensor(e!)[] skipped, Tensor lr, float[] weight_decay, float beta1, float beta2, float gamma, float eps,"
     " float batch_size, str rule, bool maximize) -> ()",
-    reference.diagonal_update,
+    host.diagonal_update,
     _fake,
     _kernel,
 )

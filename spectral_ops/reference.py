@@ -57,10 +57,12 @@ def product(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def gram(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tensor | None) -> Tensor:
-    w = alpha * product(x, scale)
+    wide = raised(x)
+    half = wide * (alpha / 2) if scale is None else wide * (raised(scale) * (alpha / 2)).unsqueeze(-2)
+    w = half @ wide.mT
     if c is not None:
-        w = w + beta * raised(c)
-    return (0.5 * (w + w.mT)).to(x.dtype)
+        w = w.add_(raised(c), alpha=beta / 2)
+    return (w + w.mT).to(x.dtype)  # each sum of two halves is the same in both places
 
 
 # --- skew -------------------------------------------------------------------------------------------------------------
@@ -350,6 +352,26 @@ def factor_update(k: Tensor, m: Tensor, step: Tensor, seed: Tensor | None = None
     return rounded(k32 - change, k.dtype, seed).contiguous()
 
 
+def inverse_free_update(
+    k: Tensor,
+    m: Tensor,
+    x: Tensor,
+    share: Tensor,
+    damping: Tensor,
+    usable: Tensor,
+    seed: Tensor | None,
+    step: float,
+    decay: float,
+    gain: float,
+    gamma: float,
+) -> None:
+    x, wide = matched(raised(x.to(k.dtype) if k.dtype == torch.bfloat16 else x), raised(k))
+    w = (x * block(gain * share)).to(x.dtype) @ x.mT + (wide.mT * block(gain * damping)).to(x.dtype) @ wide
+    new = add_diagonal(decay * raised(m) + 0.5 * (w + w.mT), -gain * gamma)
+    keep(usable, m, new)
+    k.copy_(factor_update(k, m, step * usable.to(wide.dtype), seed))
+
+
 MASK = 0xFFFFFFFF
 
 
@@ -409,6 +431,14 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
 RMS_EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
 
+def update_factor(u: Tensor, squares: Tensor, lr: Tensor, normalize: str, target: float) -> tuple[Tensor, Tensor]:
+    """What each matrix's update is multiplied by, and whether there is one: a step that moves nothing is none."""
+    square = squares.sum(-1)
+    rms = (square / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else square
+    factor = {"rms": target / rms, "clip": rms.clamp(min=1).reciprocal(), "none": torch.ones_like(rms)}[normalize]
+    return factor, (square > 0) | (lr.to(u.device) != 0)
+
+
 def parameter_update(
     params: list[Tensor],
     u: Tensor,
@@ -421,11 +451,9 @@ def parameter_update(
     normalize: str,
     target: float,
 ) -> None:
-    square = squares.sum(-1)
-    step += finite & ((square > 0) | (lr.to(u.device) != 0))  # a step that moves nothing is none
+    factor, moves = update_factor(u, squares, lr, normalize, target)
+    step += finite & moves
     skipped += ~finite
-    rms = (square / u[0].numel()).sqrt() + RMS_EPSILON if len(u) else square
-    factor = {"rms": target / rms, "clip": rms.clamp(min=1).reciprocal(), "none": torch.ones_like(rms)}[normalize]
     lr = lr.to(device=u.device, dtype=u.dtype)
     sizes = [len(p) for p in params]
     for p, mine, rate, mask in zip(params, *(x.split(sizes) for x in (u, factor.to(u.dtype) * -lr, finite)), strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import _checks as check
-from spectral_ops import reference
+from spectral_ops import host, reference
 from spectral_ops._library import define
 
 NORMALIZE = ("rms", "clip", "none")
@@ -55,14 +55,14 @@ def _parameter_kernel(
 
 _momentum_update = define(
     "momentum_update(Tensor(a!) buffer, Tensor g, Tensor finite, float decay, bool nesterov, bool maximize) -> Tensor",
-    reference.momentum_update,
+    host.momentum_update,
     _momentum_fake,
     _momentum_kernel,
 )
 _parameter_update = define(
     "parameter_update(Tensor(a!)[] params, Tensor u, Tensor squares, Tensor finite, Tensor(b!) step, Tensor(c!) skipped,"
     " Tensor lr, float weight_decay, str normalize, float target) -> ()",
-    reference.parameter_update,
+    host.parameter_update,
     _parameter_fake,
     _parameter_kernel,
 )

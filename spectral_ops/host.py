@@ -1,0 +1,119 @@
+"""Ops on a CPU, where a value can be looked at: what only a flawed gradient needs is left out if there is none.
+
+`reference.py` has the same formulas, with masks and for any dtype; it serves whatever is not plain here.
+"""
+
+import torch
+from torch import Tensor
+
+from spectral_ops import reference
+from spectral_ops.blocked import SMALLEST, lower_blocks, workspace
+from spectral_ops.reference import add_diagonal, block, frobenius
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether all are on a CPU, contiguous and of one dtype that is computed in."""
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        return False
+    return all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+
+
+# --- Momentum and parameters ------------------------------------------------------------------------------------------
+
+
+def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nesterov: bool, maximize: bool) -> Tensor:
+    if not plain(buffer, g) or not finite.all():
+        return reference.momentum_update(buffer, g, finite, decay, nesterov, maximize)
+    g = -g if maximize else g
+    buffer.lerp_(g, 1 - decay)
+    return g.lerp(buffer, decay) if nesterov else buffer.clone()
+
+
+def parameter_update(
+    params: list[Tensor], u: Tensor, squares: Tensor, finite: Tensor, step: Tensor, skipped: Tensor, lr: Tensor,
+    weight_decay: float, normalize: str, target: float,
+) -> None:  # fmt: skip
+    if not params or not plain(*params, u) or not finite.all():
+        return reference.parameter_update(
+            params, u, squares, finite, step, skipped, lr, weight_decay, normalize, target
+        )  # fmt: skip
+    factor, moves = reference.update_factor(u, squares, lr, normalize, target)
+    step += moves
+    sizes = [len(p) for p in params]
+    for p, mine, rate in zip(params, u.split(sizes), factor.mul(-lr).to(u.dtype).split(sizes), strict=True):
+        if weight_decay:
+            p.sub_(p * (lr.item() * weight_decay))
+        p.addcmul_(mine, block(rate))
+
+
+# --- Elementwise optimizers -------------------------------------------------------------------------------------------
+
+
+def diagonal_update(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], seconds: list[Tensor], steps: list[Tensor],
+    skipped: list[Tensor], lr: Tensor, weight_decay: list[float], beta1: float, beta2: float, gamma: float, eps: float,
+    batch_size: float, rule: str, maximize: bool,
+) -> None:  # fmt: skip
+    lists = params, grads, momenta, seconds
+    served = params and plain(*(x for tensors in lists for x in tensors))
+    squares = torch.stack(torch._foreach_norm(grads)).square() if served else torch.zeros(())
+    if not served or not squares.isfinite().all() or not (lr.item() or squares.all()):
+        return reference.diagonal_update(
+            *lists, steps, skipped, lr, weight_decay, beta1, beta2, gamma, eps, batch_size, rule, maximize
+        )
+    torch._foreach_add_(steps, 1)
+    if rule == "adamw":
+        for decay in dict.fromkeys(weight_decay):
+            mine = [i for i, value in enumerate(weight_decay) if value == decay]
+            *four, counts = ([tensors[i] for i in mine] for tensors in (*lists, steps))
+            torch._fused_adamw_(
+                *four, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                maximize=maximize,
+            )  # fmt: skip
+        return None
+    grads = torch._foreach_neg(grads) if maximize else grads
+    torch._foreach_mul_(seconds, 1 - (1 - beta2) * gamma)
+    torch._foreach_addcmul_(seconds, grads, grads, (1 - beta2) * batch_size)
+    torch._foreach_mul_(momenta, beta1)
+    torch._foreach_addcdiv_(momenta, grads, torch._foreach_add(seconds, eps))
+    decayed = momenta
+    if any(weight_decay):
+        terms = torch._foreach_mul(params, weight_decay)
+        if rule == "rf":
+            torch._foreach_add_(momenta, terms)
+        else:
+            decayed = torch._foreach_add(momenta, terms)
+    torch._foreach_add_(params, decayed, alpha=-lr.item())
+    return None
+
+
+# --- Inverse-free factors ---------------------------------------------------------------------------------------------
+
+
+def inverse_free_update(
+    k: Tensor, m: Tensor, x: Tensor, share: Tensor, damping: Tensor, usable: Tensor, seed: Tensor | None,
+    step: float, decay: float, gain: float, gamma: float,
+) -> None:  # fmt: skip
+    if not plain(k, m) or x.dtype != k.dtype or not usable.all():
+        return reference.inverse_free_update(k, m, x, share, damping, usable, seed, step, decay, gain, gamma)
+    if k.shape[-1] < SMALLEST:
+        m.baddbmm_(x * block(gain * share), x.mT, beta=decay)
+        if damping.any():
+            m.baddbmm_(k.mT * block(gain * damping), k)
+        add_diagonal(m, -gain * gamma)
+        k.baddbmm_(k * block(step / frobenius(m).clamp(min=1)), m, alpha=-1)
+        return None
+    space, blocks = workspace.matrices(k.shape[-1], k.dtype)[0], list(lower_blocks(k.shape[-1]))
+    for i, (s, damp) in enumerate(zip((gain * share).tolist(), (gain * damping).tolist(), strict=True)):
+        for part in blocks:
+            rows, columns = part
+            m[i][part].addmm_(x[i][rows], x[i][columns].mT, beta=decay, alpha=s)
+            if damp:
+                m[i][part].addmm_(k[i].mT[rows], k[i][:, columns], alpha=damp)
+            if rows != columns:
+                m[i][columns, rows] = m[i][part].mT
+        add_diagonal(m[i], -gain * gamma)
+        bounded = step / max(1.0, frobenius(m[i]).item())
+        k[i].copy_(torch.addmm(k[i], k[i], m[i], alpha=-bounded, out=space))
+    return None
