@@ -9,6 +9,7 @@ COMMANDS = {
     "soak": "run many steps in bfloat16 beside float32 and check every limit",
     "faults": "run every optimizer through every fault",
     "search": "tune one method on one task",
+    "quadratic": "minimise a badly conditioned quadratic in float32 and float64",
     "model": "print operations, bytes and the least time of every operation",
     "report": "write RESULTS.md, its plots and the README's table",
     "aot": "compile every kernel ahead of time and check it",
@@ -21,7 +22,7 @@ MODULES = {"model": "costs"}  # model.py is the transformer that is trained
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:8s}{text}" for name, text in COMMANDS.items()]
+        lines = [f"  {name:10s}{text}" for name, text in COMMANDS.items()]
         print("usage: python -m spectral_ops.bench COMMAND [options]", *lines, sep="\n", file=sys.stderr)
         raise SystemExit(2)
     importlib.import_module(f"spectral_ops.bench.{MODULES.get(argv[0], argv[0])}").main(argv[1:])

@@ -734,7 +734,7 @@ class InverseFreeUpdate(Case):
     """One side of IF-Shampoo, of which each matrix has momentum and factor changed in place."""
 
     name, roundings = "inverse_free_update", 2  # the momentum, then the factor from it
-    settings = (0.9, 0.5, 0.25)  # step, decay, gain
+    settings: tuple[float, ...] = (0.9, 0.5, 0.25, 1.0)  # step, decay, gain, gamma
 
     def inputs(self, make: Inputs, n: int, m: int, batch: int, operands: Operands) -> Arguments:
         k, momentum = (make.normal(batch, n, n) / math.sqrt(n) for _ in range(2))
@@ -749,27 +749,27 @@ class InverseFreeUpdate(Case):
 
     def run(self, arguments: Arguments, config: Config | None = None) -> Results:
         seed = arguments["seed"] if arguments["k"].dtype == torch.bfloat16 else None
-        KERNELS["inverse_free_update"](*(arguments | {"seed": seed}).values(), *self.settings, 1.0)
+        KERNELS["inverse_free_update"](*(arguments | {"seed": seed}).values(), *self.settings)
         return self._changed(arguments)
 
     def op(self, arguments: Arguments) -> Results:
-        step, decay, gain = self.settings
-        spectral_ops.inverse_free_update(**arguments, step=step, decay=decay, gain=gain)
+        step, decay, gain, gamma = self.settings
+        spectral_ops.inverse_free_update(**arguments, step=step, decay=decay, gain=gain, gamma=gamma)
         return self._changed(arguments)
 
     def eager(self, arguments: Arguments) -> Results:
         k, m, x, share, damping, *_ = arguments.values()
-        step, decay, gain = self.settings
+        step, decay, gain, gamma = self.settings
         share, damping = (s[:, None, None].to(k.dtype) for s in (share, damping))
         eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-        m.mul_(decay).add_(share * (x @ x.mT) + damping * (k.mT @ k) - eye, alpha=gain)
+        m.mul_(decay).add_(share * (x @ x.mT) + damping * (k.mT @ k) - gamma * eye, alpha=gain)
         bounded = step / torch.linalg.vector_norm(m, dim=(-2, -1)).clamp(min=1)
         k.sub_(bounded[:, None, None].to(k.dtype) * (k @ m))
         return self._changed(arguments)
 
     def reference(self, arguments: Arguments) -> Results:
         arguments = upcast(arguments) | {"seed": None}
-        reference.inverse_free_update(*arguments.values(), *self.settings, 1.0)
+        reference.inverse_free_update(*arguments.values(), *self.settings)
         return self._changed(arguments)
 
     def _changed(self, arguments: Arguments) -> Results:
@@ -996,7 +996,8 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Gram(), GramSkew(), SkewGenerator(), Track(both=False), Track(both=True), CayleyUpdate(),
-        *(CayleyTrack(order) for order in (2, 3, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(), InverseFreeUpdate(),
+        *(CayleyTrack(order) for order in (2, 3, 4, 8)), ROTATE, ApplyRoot(), AVERAGE, KronTrack(), FactorUpdate(),
+        InverseFreeUpdate(),
         SpectrumUpdate(), StochasticRound(), Momentum(), ParameterUpdate(), DiagonalStep(),
     )
 }  # fmt: skip

@@ -162,9 +162,7 @@ class Matrices(nn.Module):
 
     def __init__(self, shapes: Iterable[tuple[int, int]], layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(m, n, bias=False) for n, m in shapes) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(m, n, bias=False) for n, m in shapes) for _ in range(layers))
 
 
 def problem(setting: Setting, task: Text | None, device: str) -> tuple[nn.Module, list[list[Tensor]]]:

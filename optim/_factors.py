@@ -91,9 +91,9 @@ OCTAVES = 8
 
 
 def balance(factors: list[Tensor], sizes: list[Tensor], usable: Tensor, power: int = 1) -> None:
-    """Multiply the factors, in place, by powers of two whose product is 1, so that `sizes`, which grow with them, stay near each
-    other. How a Kronecker product is shared between its factors makes no difference but for where numbers end: it drifts, and
-    in some thousand updates one factor would overflow. `power`: -1 for factors whose inverses have these sizes."""
+    """Multiply the factors, in place, by powers of two whose product is 1, so that `sizes`, which grow with them, stay near
+    each other. How a Kronecker product is shared between its factors makes no difference but for where numbers end: it drifts,
+    and in some thousand updates one factor would overflow. `power`: -1 for factors whose inverses have these sizes."""
     logs = torch.stack(sizes).log2()
     turns = ((logs.mean(0) - logs) / OCTAVES).round() * (OCTAVES * power)
     turns[0] -= turns.sum(0)

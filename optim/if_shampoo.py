@@ -29,6 +29,7 @@ from spectral_ops.reference import column, frobenius, keep, raised
 PAPER_STEP, STEP = 0.01, 0.95
 LARGEST = 1e15  # of a curvature and of factors: squares of larger ones overflow in the norm of a momentum
 
+
 class IFShampoo(KroneckerOptimizer):
     r"""Inverse-free and root-free Shampoo: its curvature is learned, and applied, by products of matrices alone.
 
@@ -66,8 +67,8 @@ class IFShampoo(KroneckerOptimizer):
             that all steps cost the same; in the first ten steps all do.
         gamma: `γ`: 1 for a moving average, 0 for a sum.
         update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; None: the paper's box.
-        decoupled_weight_decay: True: `κ θ` is added to the update, as in AdamW. False: to what the momentum averages. None: False
-            with `update_scale=None`, else True.
+        decoupled_weight_decay: True: `κ θ` is added to the update, as in AdamW. False: to what the momentum averages. None:
+            False with `update_scale=None`, else True.
         per_axis: a factor for each axis of a parameter (Ohlson et al., 2013) in place of a matrix's two; axes of length 1 have
             none. Together with `algorithm="matrix"` parameters of fewer than two dimensions have one too.
         max_preconditioner_dim: larger sides keep a diagonal factor.
@@ -81,8 +82,8 @@ class IFShampoo(KroneckerOptimizer):
         unknown: options of other optimizers, as long as they are false.
 
     A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;
-    `skipped_steps()` counts that. Unlike in the paper's box, a gradient of zeros, or with a root mean square under 1e-15, leaves
-    the factors as they are, and so does one whose curvature is over 1e15.
+    `skipped_steps()` counts that. Unlike in the paper's box, a gradient of zeros, or with a root mean square under 1e-15,
+    leaves the factors as they are, and so does one whose curvature is over 1e15.
 
     Raises:
         ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.

@@ -48,8 +48,8 @@ class RFRMSprop(RootFree):
         s ← (1 − β₂) s + β₂ b g²,   s starts at 1
         m ← α₁ m + g / (s + λ) + κ θ,   θ ← θ − lr · m
 
-    All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`. The update is not scaled: `lr` is
-    that of a second-order method, and `b` decides how soon `s` forgets that it started at 1.
+    All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`. The update is not scaled:
+    `lr` is that of a second-order method, and `b` decides how soon `s` forgets that it started at 1.
 
     Args:
         params: parameters, named parameters, or groups.
@@ -58,8 +58,8 @@ class RFRMSprop(RootFree):
         eps: `λ`.
         weight_decay: `κ`.
         momentum: `α₁`.
-        batch_size: `b`, over which the loss is a mean: a number, or a function without arguments that returns one and is called in
-            every step. It is not part of a checkpoint then.
+        batch_size: `b`, over which the loss is a mean: a number, or a function without arguments that returns one and is
+            called in every step. It is not part of a checkpoint then.
         decoupled_weight_decay: `θ ← θ − lr (m + κ θ)`, and no `κ θ` in `m`.
         adamw_betas, adamw_eps: of AdamW inside.
         maximize: ascend.
@@ -113,7 +113,8 @@ class RFAdaGrad(RootFree):
     Raises:
         ValueError, TypeError, RuntimeError: as `RFRMSprop`.
 
-    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective", Sec. 4.1, Fig. 6.
+    Lin et al., 2024, "Can We Remove the Square-Root in Adaptive Gradient Methods? A Second-Order Perspective",
+    Sec. 4.1, Fig. 6.
     """
 
     def __init__(

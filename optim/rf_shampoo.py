@@ -27,16 +27,16 @@ class RFShampoo(KroneckerOptimizer):
 
         S_C ← (1 − β₂ γ) S_C + β₂/d (b G S_K⁻¹ Gᵀ + λ Tr(S_K⁻¹) I), and the mirror image for S_K, both from the old inverses
 
-    `update_scale=None` is the paper's box, `m ← α₁ m + S_C⁻¹ G S_K⁻¹ + κ θ`, `θ ← θ − lr · m`; otherwise scale, momentum and decay
-    are those of `IFShampoo`, which does the same to first order without an inverse (Claim 10). Factors are inverted by Cholesky
-    decompositions, with 8 machine epsilons of their largest diagonal element added.
+    `update_scale=None` is the paper's box, `m ← α₁ m + S_C⁻¹ G S_K⁻¹ + κ θ`, `θ ← θ − lr · m`; otherwise scale, momentum and
+    decay are those of `IFShampoo`, which does the same to first order without an inverse (Claim 10). Factors are inverted by
+    Cholesky decompositions, with 8 machine epsilons of their largest diagonal element added.
 
     Args:
         preconditioner_lr: `β₂`, in (0, 1). None: 0.01 with `update_scale=None`, else 0.3.
         damping: `λ`.
         gamma: `γ`: 1 for a moving average, 0 for a sum.
-        others: as of `IFShampoo`; `preconditioner_dtype` is of factors and inverses, and bfloat16 resolves eigenvalues down to a
-            sixteenth of the largest only.
+        others: as of `IFShampoo`; `preconditioner_dtype` is of factors and inverses, and bfloat16 resolves eigenvalues down
+            to a sixteenth of the largest only.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `IFShampoo`.
@@ -124,8 +124,5 @@ def _diagonal(x: Tensor) -> Tensor:
 def _inverse(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of what was stored in `dtype`, and where it is one."""
     factor = ridged(factor, dtype)
-    if factor.ndim == 2:
-        inverse = factor.reciprocal()
-    else:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(factor).L)
+    inverse = factor.reciprocal() if factor.ndim == 2 else torch.cholesky_inverse(torch.linalg.cholesky_ex(factor).L)
     return inverse, inverse.isfinite().flatten(1).all(1)

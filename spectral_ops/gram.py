@@ -23,9 +23,7 @@ def _kernel(x: Tensor, scale: Tensor | None, alpha: float, beta: float, c: Tenso
     return gram.gram(x3, s, alpha, beta, c3, config).view(*x.shape[:-1], x.shape[-2])
 
 
-_gram = define(
-    "gram(Tensor x, Tensor? scale, float alpha, float beta, Tensor? c) -> Tensor", reference.gram, _fake, _kernel
-)
+_gram = define("gram(Tensor x, Tensor? scale, float alpha, float beta, Tensor? c) -> Tensor", reference.gram, _fake, _kernel)
 
 
 def gram(x: Tensor, scale: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None) -> Tensor:

@@ -66,24 +66,24 @@ def diagonal_update(
     if rule == "adamw":
         for decay in dict.fromkeys(weight_decay):
             mine = [i for i, value in enumerate(weight_decay) if value == decay]
-            *four, counts = ([tensors[i] for i in mine] for tensors in (*lists, steps))
+            p, g, m, s, counts = ([tensors[i] for i in mine] for tensors in (*lists, steps))
             torch._fused_adamw_(
-                *four, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                p, g, m, s, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
                 maximize=maximize,
             )  # fmt: skip
         return None
-    grads = torch._foreach_neg(grads) if maximize else grads
+    signed = list(torch._foreach_neg(grads)) if maximize else grads
     torch._foreach_mul_(seconds, 1 - (1 - beta2) * gamma)
-    torch._foreach_addcmul_(seconds, grads, grads, (1 - beta2) * batch_size)
+    torch._foreach_addcmul_(seconds, signed, signed, (1 - beta2) * batch_size)
     torch._foreach_mul_(momenta, beta1)
-    torch._foreach_addcdiv_(momenta, grads, torch._foreach_add(seconds, eps))
+    torch._foreach_addcdiv_(momenta, signed, torch._foreach_add(seconds, eps))
     decayed = momenta
     if any(weight_decay):
         terms = torch._foreach_mul(params, weight_decay)
         if rule == "rf":
             torch._foreach_add_(momenta, terms)
         else:
-            decayed = torch._foreach_add(momenta, terms)
+            decayed = list(torch._foreach_add(momenta, terms))
     torch._foreach_add_(params, decayed, alpha=-lr.item())
     return None
 

@@ -90,9 +90,7 @@ def gram_skew(x: Tensor, d: Tensor, scale: Tensor | None, tol: float) -> tuple[T
 # --- tracking ---------------------------------------------------------------------------------------------------------
 
 
-def tracked_diagonal(
-    x: Tensor, d: Tensor, scale: Tensor, beta: Tensor, damping: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def tracked_diagonal(x: Tensor, d: Tensor, scale: Tensor, beta: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The new diagonal of `T`, divided by its geometric mean; one over that mean; its logarithm. A row reduction: known before
     the product."""
     n = (x.square() @ scale.to(x.dtype).unsqueeze(-1)).squeeze(-1) + column(damping)
@@ -219,9 +217,7 @@ def kron_track(
     x = rotate(torch.where(block(usable), g, 0), basis_c, basis_k).to(g.dtype)
     inverse_c, inverse_k = d_c.reciprocal(), d_k.reciprocal()
 
-    def side(
-        x: Tensor, d: Tensor, b: Tensor | None, r: Tensor | None, other: Tensor, k: int, seeds: Tensor | None
-    ) -> Tensor:
+    def side(x: Tensor, d: Tensor, b: Tensor | None, r: Tensor | None, other: Tensor, k: int, seeds: Tensor | None) -> Tensor:
         weight, damp = other / column(alpha * k), damping * other.mean(-1) / alpha
         return track(x, d, b, r, weight, share, damp, usable, seeds, epsilon, limit, order)
 

@@ -14,7 +14,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 5), (5, 1), (7, 13), (16, 8), (33, 33))
 BATCHES = ((), (3,), (2, 1, 3))
 CASES = list(itertools.product(SHAPES, BATCHES))
-IN_PLACE = ("diagonal_update", "inverse_free_update", "kron_track", "momentum_update", "parameter_update")  # have tests of their own
+# The others have tests of their own.
+IN_PLACE = ("diagonal_update", "inverse_free_update", "kron_track", "momentum_update", "parameter_update")
 FUNCTIONAL = [name for name in ops.__all__ if name not in IN_PLACE]
 
 
