@@ -39,7 +39,7 @@ train: $(READY) ## train the benchmark tasks with each method: table, CSV, PNG
 	$(RUN) -m spectral_ops.bench train $(ARGS)
 
 test: lint ## lint and run the tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses auto $(ARGS)
 
 # ARGS go to all three programs, so of use is only --out DIR.
 bench: $(READY) ## on a CPU: operations, optimizer steps and training against their peers; tables and CSV in out/

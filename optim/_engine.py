@@ -213,15 +213,14 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # All gradients are checked before anything changes.
-        work = [(group, *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
-        for number, (group, classes, _) in enumerate(work):
+        work = [(group, called(group), *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
+        for number, (group, now, classes, _) in enumerate(work):
             schedule, joint = self._schedule(number, group), shares(classes)
-            now = called(group)
             for key, members, g in gathered(classes):
                 due = schedule.rows(members, group["step"]) if schedule else None
                 spread(joint, members, g)
                 self._step_batch(now, key, members, g, due)
-        self._step_elementwise([(called(group), params) for group, _, params in work if params])
+        self._step_elementwise([(now, params) for _, now, _, params in work if params])
         return loss
 
     def _check_capture(self) -> None:
@@ -412,11 +411,12 @@ class MatrixOptimizer(Optimizer):
 
     def _warn_if_large(self, group: Group, piece: Piece) -> None:
         limit = group.get("max_preconditioner_dim")
-        if limit is None or max(piece.n, piece.m) <= limit or self._warned:
+        if limit is None or max(piece.dims) <= limit or self._warned:
             return
         self._warned = True
         warnings.warn(
-            f"{type(self).__name__} got a matrix of {piece.n} x {piece.m}: the side over max_preconditioner_dim={limit} "
+            f"{type(self).__name__} got a {'matrix' if len(piece.dims) == 2 else 'tensor'} of "
+            f"{' x '.join(map(str, piece.dims))}: the side over max_preconditioner_dim={limit} "
             "keeps a diagonal factor. If it is an embedding or an output head, give it to AdamW: a group with "
             'algorithm="adamw", or spectral_ops.optim.param_groups(model).',
             stacklevel=4,

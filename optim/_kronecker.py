@@ -90,15 +90,17 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def _learn(self, group: Group, batch: Batch, usable: Tensor, scaled: bool) -> None:
         due, rows = batch.part(), batch.due or slice(None)
-        usable, s = usable[rows], due.state
+        usable, s, size = usable[rows], due.state, group["batch_size"]
         if not len(due.grad):
             return
+        if isinstance(size, Tensor):
+            size = size.to(s["scale"].dtype).reshape(())
         if scaled:  # curvature is counted in units of the first gradient's, so that the identity is no strange start
             first = usable & (s["updates"] == 0)
-            s["scale"].copy_(torch.where(first, batch.mean_square[rows] * group["batch_size"], s["scale"]))
+            s["scale"].copy_(torch.where(first, batch.mean_square[rows] * size, s["scale"]))
         s["updates"] += usable
         due.grad = torch.where(block(usable), raised(due.grad), 0)
-        self.learn(group, due, usable, group["batch_size"] / s["scale"])
+        self.learn(group, due, usable, size / s["scale"])
 
     def decoupled_decay(self, group: Group) -> float:
         return group["weight_decay"] if self._decoupled(group) else 0.0

@@ -57,20 +57,20 @@ class KrADagradStar(KroneckerOptimizer):
 
     def init_axis(self, group: Group, start: Tensor) -> dict[str, Tensor]:
         if group["roots"] == "eigh" or start.ndim == 1:
-            return {"factor": start, "root": start}
+            return {"factor": start, "root": raised(start)}
         # The factor is `B (Diag(d) + residual) Bᵀ`: in a basis where it is nearly diagonal, its eigenvalues keep their relative
         # precision, where a rounded factor loses those under its largest one's rounding error, even their sign, and diverges.
         d = raised(start.diagonal(dim1=-2, dim2=-1))
-        return {"basis": start, "eigenvalues": d, "residual": torch.zeros_like(start), "root": start}
+        return {"basis": start, "eigenvalues": d, "residual": torch.zeros_like(start), "root": raised(start)}
 
     def root(self, batch: Batch) -> int:
         """Which root of its factors the update is multiplied by: of half the power, as AdaGrad has it, and of a geometric mean
         of as many estimates as there are factors."""
         return 2 * len(batch.dims)
 
-    def outer(self, batch: Batch, g: Tensor, axis: int) -> Tensor:
-        """`H` of an axis is `unfolded(g) unfolded(outer)ᵀ`."""
-        return g
+    def outer(self, batch: Batch, g: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Two tensors, whose unfoldings along the axis have the product `G Gᵀ`, or what stands in its place."""
+        return g, g
 
     def turn(self, batch: Batch, axis: int) -> Tensor | bool:
         """Whether it is this axis' turn."""
@@ -91,7 +91,7 @@ class KrADagradStar(KroneckerOptimizer):
     def _shrunk(self, group: Group, batch: Batch, axis: int, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The factor of an axis after this gradient, in a basis, and that."""
         t, basis = _factor(batch.state, axis)
-        left, right = unfolded(g, axis), unfolded(self.outer(batch, g, axis), axis)
+        left, right = (unfolded(x, axis) for x in self.outer(batch, g, axis))
         # In units of H's size, which may be too large a number
         norms = [frobenius(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (left, right)]
         size = norms[0] * norms[1] * weight
@@ -112,8 +112,12 @@ class KrADagradStar(KroneckerOptimizer):
         ht = h @ t
         change = t @ ht
         new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht))).to(t.dtype)
-        new.diagonal(dim1=-2, dim2=-1).clamp_(min=smallest * t.diagonal(dim1=-2, dim2=-1))
-        return new, basis
+        # What rounding makes of large gradients must not grow: in exact arithmetic 0 < T ≤ what it was.
+        d, bound = new.diagonal(dim1=-2, dim2=-1), t.diagonal(dim1=-2, dim2=-1)
+        d.copy_(d.clamp(min=smallest * bound, max=bound))
+        bound = d.sqrt()
+        bound = bound.unsqueeze(-1) * bound.unsqueeze(-2)
+        return new.clamp(-bound, bound), basis
 
     def _keep(self, batch: Batch, axis: int, mine: Tensor, t: Tensor, basis: Tensor | None) -> None:
         """Store a factor and its root."""
@@ -140,8 +144,11 @@ class KrADagrad(KrADagradStar):
     def root(self, batch: Batch) -> int:
         return 2
 
-    def outer(self, batch: Batch, g: Tensor, axis: int) -> Tensor:
-        return multiplied(g, [whole(batch.state, i) for i in range(len(batch.dims))], but=axis)
+    def outer(self, batch: Batch, g: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        kept = [_factor(batch.state, i) for i in range(len(batch.dims))]
+        bases = [torch.ones(t.shape[:2], dtype=t.dtype, device=t.device) if b is None else b for t, b in kept]
+        x = multiplied(g, bases, but=axis, transpose=True)  # in bases, so that small eigenvalues are not lost in a product
+        return x, multiplied(x, [t for t, _ in kept], but=axis)
 
     def turn(self, batch: Batch, axis: int) -> Tensor | bool:
         return (batch.state["updates"] - 1) % len(batch.dims) == axis
@@ -175,7 +182,7 @@ def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, T
     d = t.diagonal(dim1=-2, dim2=-1).clone()
     gap, width = d.unsqueeze(-1) - d.unsqueeze(-2), EPSILON * (d.unsqueeze(-1) + d.unsqueeze(-2))
     x = (-0.5 * t * gap / (gap.square() + width.square())).tril(-1)
-    turned, d, off = ops.cayley_track(basis, x - x.mT, d, residual=t - torch.diag_embed(d))
+    turned, d, off = ops.cayley_track(basis, x - x.mT, d, residual=t - torch.diag_embed(d), order=4)
     assert off is not None
     d = d.clamp(min=torch.finfo(t.dtype).eps ** 2 * d.amax(-1, keepdim=True))  # of a basis that is orthogonal to eps
     p = d.pow(1 / root)

@@ -29,8 +29,8 @@ class RFFullAdaGrad(KroneckerOptimizer):
         S⁻¹ ← (1 + β₂ γ) S⁻¹ − β₂ S⁻¹HS⁻¹ + β₂²/2 (S⁻¹HS⁻¹HS⁻¹ − 2γ S⁻¹HS⁻¹ + γ² S⁻¹)
 
     which is positive definite by construction (Claim 3) and a product of a matrix with a vector; or, with `inverse_free=False`,
-    `S ← (1 − β₂ γ) S + β₂ (H + λ I)` and its inverse. The first shrinks `S⁻¹` only for `β₂ b gᵀS⁻¹g < 2`, so its `β₂` is limited
-    to `1 / (b gᵀS⁻¹g)`. (25) prints `γ` with the other sign, and the inverse of an average would vanish.
+    `S ← (1 − β₂ γ) S + β₂ (H + λ I)` and its inverse. The first shrinks `S⁻¹` only for `β₂ b gᵀS⁻¹g < 2`, so its `β₂` is
+    limited to `1 / (b gᵀS⁻¹g)`. (25) prints `γ` with the other sign, and the inverse of an average would vanish.
 
     `update_scale=None` is the paper's box, `m ← α₁ m + S⁻¹ g + κ θ`, `θ ← θ − lr · m`; otherwise scale, momentum and decay
     are those of `IFShampoo`. All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`.

@@ -40,10 +40,10 @@ def parameter_update(
         )  # fmt: skip
     factor, moves = reference.update_factor(u, squares, lr, normalize, target)
     step += moves
-    sizes = [len(p) for p in params]
-    for p, mine, rate in zip(params, u.split(sizes), factor.mul(-lr).to(u.dtype).split(sizes), strict=True):
+    sizes, lr = [len(p) for p in params], lr.to(u.dtype)
+    for p, mine, rate in zip(params, u.split(sizes), (factor.to(u.dtype) * -lr).split(sizes), strict=True):
         if weight_decay:
-            p.sub_(p * (lr.item() * weight_decay))
+            p.sub_(lr * weight_decay * p)
         p.addcmul_(mine, block(rate))
 
 
@@ -55,18 +55,22 @@ def diagonal_update(
     skipped: list[Tensor], lr: Tensor, weight_decay: list[float], beta1: float, beta2: float, gamma: float, eps: float,
     batch_size: float, rule: str, maximize: bool,
 ) -> None:  # fmt: skip
-    lists = params, grads, momenta, seconds
-    served = params and plain(*(x for tensors in lists for x in tensors))
-    squares = torch.stack(torch._foreach_norm(grads)).square() if served else torch.zeros(())
-    if not served or not squares.isfinite().all() or not (lr.item() or squares.all()):
-        return reference.diagonal_update(
-            *lists, steps, skipped, lr, weight_decay, beta1, beta2, gamma, eps, batch_size, rule, maximize
-        )
+    options = beta1, beta2, gamma, eps, batch_size, rule, maximize
+    every = (params, grads, momenta, seconds, steps, skipped)
+    if not params or not plain(*params, *grads, *momenta, *seconds):
+        return reference.diagonal_update(*every, lr, weight_decay, *options)
+    squares = torch.stack(torch._foreach_norm(grads)).square()
+    moves = (squares.isfinite() & ((squares > 0) | (lr != 0))).tolist()
+    if not all(moves):
+        for mask, update in ((True, diagonal_update), (False, reference.diagonal_update)):
+            chosen = [[x for x, its in zip(values, moves, strict=True) if its == mask] for values in (*every, weight_decay)]
+            update(*chosen[:6], lr, chosen[6], *options)
+        return None
     torch._foreach_add_(steps, 1)
     if rule == "adamw":
         for decay in dict.fromkeys(weight_decay):
             mine = [i for i, value in enumerate(weight_decay) if value == decay]
-            p, g, m, s, counts = ([tensors[i] for i in mine] for tensors in (*lists, steps))
+            p, g, m, s, counts = ([tensors[i] for i in mine] for tensors in every[:5])
             torch._fused_adamw_(
                 p, g, m, s, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
                 maximize=maximize,
@@ -95,8 +99,14 @@ def inverse_free_update(
     k: Tensor, m: Tensor, x: Tensor, share: Tensor, damping: Tensor, usable: Tensor, seed: Tensor | None,
     step: float, decay: float, gain: float, gamma: float,
 ) -> None:  # fmt: skip
-    if not plain(k, m) or x.dtype != k.dtype or not usable.all():
+    if not plain(k, m) or x.dtype != k.dtype:
         return reference.inverse_free_update(k, m, x, share, damping, usable, seed, step, decay, gain, gamma)
+    if not usable.all():
+        rows = usable.nonzero().flatten()
+        own = [value[rows] for value in (k, m, x, share, damping, usable)]
+        inverse_free_update(*own, None, step, decay, gain, gamma)
+        k[rows], m[rows] = own[:2]
+        return None
     if k.shape[-1] < SMALLEST:
         m.baddbmm_(x * block(gain * share), x.mT, beta=decay)
         if damping.any():
