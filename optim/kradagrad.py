@@ -100,7 +100,7 @@ class KrADagradStar(KroneckerOptimizer):
         left, right = left / block(norms[0]), right / block(norms[1])
         smallest = torch.finfo(t.dtype).eps  # of what remains: `1 − x` may be 0, which it is not
         if t.ndim == 2:
-            h = (left * right).sum(-1) * column(size) + column(damp)
+            h = (left * right).sum(-1).clamp(min=0) * column(size) + column(damp)
             x = h * t / column(shrink + torch.linalg.vector_norm(h * t, dim=-1))
             return t * (1 - x).clamp(min=smallest), None
         t, left = matched(t, left)
@@ -108,16 +108,13 @@ class KrADagradStar(KroneckerOptimizer):
         if basis is not None:
             basis = basis.to(t.dtype)
             left, right = basis.mT @ left, basis.mT @ right
-        h = add_diagonal((left @ right.mT) * block(size).to(t.dtype), column(damp))
+        h = (left @ right.mT) * block(size).to(t.dtype)
+        h = add_diagonal(_plausible(h, h.diagonal(dim1=-2, dim2=-1).clamp(min=0)), column(damp))
         ht = h @ t
         change = t @ ht
         new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht))).to(t.dtype)
-        # What rounding makes of large gradients must not grow: in exact arithmetic 0 < T ≤ what it was.
-        d, bound = new.diagonal(dim1=-2, dim2=-1), t.diagonal(dim1=-2, dim2=-1)
-        d.copy_(d.clamp(min=smallest * bound, max=bound))
-        bound = d.sqrt()
-        bound = bound.unsqueeze(-1) * bound.unsqueeze(-2)
-        return new.clamp(-bound, bound), basis
+        d, old = new.diagonal(dim1=-2, dim2=-1), t.diagonal(dim1=-2, dim2=-1)
+        return _plausible(new, d.clamp(min=smallest * old, max=old)), basis
 
     def _keep(self, batch: Batch, axis: int, mine: Tensor, t: Tensor, basis: Tensor | None) -> None:
         """Store a factor and its root."""
@@ -170,6 +167,16 @@ def _factor(state: dict[str, Tensor], axis: int) -> tuple[Tensor, Tensor | None]
     return residual + torch.diag_embed(d), basis
 
 
+def _plausible(t: Tensor, d: Tensor) -> Tensor:
+    """`t` with the diagonal `d`, and `|t_ij| ≤ √(d_i d_j)`, as in any positive semi-definite matrix: what rounding makes of a
+    large gradient would grow without bounds."""
+    bound = d.sqrt()
+    bound = bound.unsqueeze(-1) * bound.unsqueeze(-2)
+    t = t.clamp(-bound, bound)
+    t.diagonal(dim1=-2, dim2=-1).copy_(d)
+    return t
+
+
 def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The basis `B` of `B T Bᵀ` turned towards its eigenbasis, the diagonal of `T` and the rest of it there, and the root of
     `B T Bᵀ`: by products of matrices alone.
@@ -185,7 +192,7 @@ def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, T
     turned, d, off = ops.cayley_track(basis, x - x.mT, d, residual=t - torch.diag_embed(d), order=4)
     assert off is not None
     d = d.clamp(min=torch.finfo(t.dtype).eps ** 2 * d.amax(-1, keepdim=True))  # of a basis that is orthogonal to eps
-    p = d.pow(1 / root)
+    off, p = _plausible(off, d) - torch.diag_embed(d), d.pow(1 / root)
     # (p_i − p_j)/(d_i − d_j), without a division by a gap
     powers = sum(p.unsqueeze(-1) ** k * p.unsqueeze(-2) ** (root - 1 - k) for k in range(root))
     f = off / powers + torch.diag_embed(p)

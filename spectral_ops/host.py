@@ -11,12 +11,15 @@ from spectral_ops.blocked import SMALLEST, lower_blocks, workspace
 from spectral_ops.reference import add_diagonal, block, frobenius
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether all are on a CPU, contiguous and of one dtype that is computed in."""
+def wide(*tensors: Tensor) -> bool:
+    """Whether all are on a CPU and of one dtype that is computed in."""
     dtypes = {x.dtype for x in tensors}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        return False
-    return all(x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and all(x.device.type == "cpu" for x in tensors)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """And contiguous."""
+    return wide(*tensors) and all(x.is_contiguous() for x in tensors)
 
 
 # --- Momentum and parameters ------------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ def diagonal_update(
 ) -> None:  # fmt: skip
     options = beta1, beta2, gamma, eps, batch_size, rule, maximize
     every = (params, grads, momenta, seconds, steps, skipped)
-    if not params or not plain(*params, *grads, *momenta, *seconds):
+    if not params or not wide(*params, *grads, *momenta, *seconds):
         return reference.diagonal_update(*every, lr, weight_decay, *options)
     squares = torch.stack(torch._foreach_norm(grads)).square()
     moves = (squares.isfinite() & ((squares > 0) | (lr != 0))).tolist()
@@ -71,10 +74,14 @@ def diagonal_update(
         for decay in dict.fromkeys(weight_decay):
             mine = [i for i, value in enumerate(weight_decay) if value == decay]
             p, g, m, s, counts = ([tensors[i] for i in mine] for tensors in every[:5])
+            moved = [[x.contiguous() for x in tensors] for tensors in (p, g, m, s)]
             torch._fused_adamw_(
-                p, g, m, s, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                *moved, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
                 maximize=maximize,
             )  # fmt: skip
+            for x, y in zip((*p, *m, *s), (*moved[0], *moved[2], *moved[3]), strict=True):
+                if x is not y:
+                    x.copy_(y)
         return None
     signed = list(torch._foreach_neg(grads)) if maximize else grads
     torch._foreach_mul_(seconds, 1 - (1 - beta2) * gamma)

@@ -82,6 +82,13 @@ def test_diagonal(dtype, rule, maximize, decays, monkeypatch):
     scale = (1.0, 1e-8, 1.0) if rule == "adamw" else (0.5, 1e-3, 30.0)
     rest = [torch.tensor(0.1, dtype=torch.float64), decays, 0.9, 0.95, *scale, rule, maximize]
     agree("diagonal_update", [params, grads, momenta, seconds, *counts, *rest], monkeypatch)
+    strided = [[x.mT.contiguous().mT if x.ndim == 2 else x for x in xs] for xs in (params, grads, momenta, seconds)]
+    for x, y in zip(
+        agree("diagonal_update", [*strided, *counts, *rest], monkeypatch),
+        agree("diagonal_update", [params, grads, momenta, seconds, *counts, *rest], monkeypatch),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
     rest[0] = torch.zeros((), dtype=torch.float64)
     agree("diagonal_update", [params, grads, momenta, seconds, *counts, *rest], monkeypatch)  # counts, though nothing moves
     grads[1] = torch.zeros(5, dtype=dtype)  # without a learning rate that is no step
