@@ -92,17 +92,19 @@ class KrADagradStar(KroneckerOptimizer):
         """The factor of an axis after this gradient, in a basis, and that."""
         t, basis = _factor(batch.state, axis)
         left, right = (unfolded(x, axis) for x in self.outer(batch, g, axis))
-        # In units of H's size, which may be too large a number
+        # In units of the sizes of L and of H, whose squares may be too small or too large as numbers
+        unit = _largest(t if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1))
+        t = t / unit.view(-1, *[1] * (t.ndim - 1))
         norms = [frobenius(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (left, right)]
         size = norms[0] * norms[1] * weight
         shrink, size = size.clamp(min=1).reciprocal(), size.clamp(max=1)
         damp = group["damping"] * rest(batch.dims, axis) * shrink
-        left, right = left / block(norms[0]), right / block(norms[1])
+        left, right, one = left / block(norms[0]), right / block(norms[1]), shrink / unit
         smallest = torch.finfo(t.dtype).eps  # of what remains: `1 − x` may be 0, which it is not
         if t.ndim == 2:
             h = (left * right).sum(-1).clamp(min=0) * column(size) + column(damp)
-            x = h * t / column(shrink + torch.linalg.vector_norm(h * t, dim=-1))
-            return t * (1 - x).clamp(min=smallest), None
+            x = h * t / column(one + torch.linalg.vector_norm(h * t, dim=-1))
+            return column(unit) * t * (1 - x).clamp(min=smallest), None
         t, left = matched(t, left)
         right = right.to(t.dtype)
         if basis is not None:
@@ -112,9 +114,9 @@ class KrADagradStar(KroneckerOptimizer):
         h = add_diagonal(_plausible(h, h.diagonal(dim1=-2, dim2=-1).clamp(min=0)), column(damp))
         ht = h @ t
         change = t @ ht
-        new = t - (change + change.mT) / block(2 * (shrink + frobenius(ht))).to(t.dtype)
+        new = t - (change + change.mT) / block(2 * (one + frobenius(ht))).to(t.dtype)
         d, old = new.diagonal(dim1=-2, dim2=-1), t.diagonal(dim1=-2, dim2=-1)
-        return _plausible(new, d.clamp(min=smallest * old, max=old)), basis
+        return block(unit).to(t.dtype) * _plausible(new, d.clamp(min=smallest * old, max=old)), basis
 
     def _keep(self, batch: Batch, axis: int, mine: Tensor, t: Tensor, basis: Tensor | None) -> None:
         """Store a factor and its root."""
@@ -167,6 +169,11 @@ def _factor(state: dict[str, Tensor], axis: int) -> tuple[Tensor, Tensor | None]
     return residual + torch.diag_embed(d), basis
 
 
+def _largest(d: Tensor) -> Tensor:
+    """Of a diagonal; no zero, since something is to be divided by it."""
+    return d.amax(-1).clamp(min=torch.finfo(d.dtype).tiny)
+
+
 def _plausible(t: Tensor, d: Tensor) -> Tensor:
     """`t` with the diagonal `d`, and `|t_ij| ≤ √(d_i d_j)`, as in any positive semi-definite matrix: what rounding makes of a
     large gradient would grow without bounds."""
@@ -186,14 +193,16 @@ def tracked_root(t: Tensor, basis: Tensor, root: int) -> tuple[Tensor, Tensor, T
     differences, times what makes `Diag(d)` the identity and over `√(p_i p_j)`, are `sinh(x/2) / sinh(root x/2)` of
     `x = log(p_i / p_j)`, a positive definite function that is `1 / root` at 0.
     """
+    unit, info = block(_largest(t.diagonal(dim1=-2, dim2=-1))), torch.finfo(t.dtype)
+    t = t / unit
     d = t.diagonal(dim1=-2, dim2=-1).clone()
     gap, width = d.unsqueeze(-1) - d.unsqueeze(-2), EPSILON * (d.unsqueeze(-1) + d.unsqueeze(-2))
-    x = (-0.5 * t * gap / (gap.square() + width.square())).tril(-1)
+    x = (-0.5 * t * gap / (gap.square() + width.square()).clamp(min=info.tiny)).tril(-1)
     turned, d, off = ops.cayley_track(basis, x - x.mT, d, residual=t - torch.diag_embed(d), order=4)
     assert off is not None
-    d = d.clamp(min=torch.finfo(t.dtype).eps ** 2 * d.amax(-1, keepdim=True))  # of a basis that is orthogonal to eps
+    d = d.clamp(min=info.eps**2)  # of a basis that is orthogonal to eps
     off, p = _plausible(off, d) - torch.diag_embed(d), d.pow(1 / root)
     # (p_i − p_j)/(d_i − d_j), without a division by a gap
     powers = sum(p.unsqueeze(-1) ** k * p.unsqueeze(-2) ** (root - 1 - k) for k in range(root))
     f = off / powers + torch.diag_embed(p)
-    return turned, d, off, turned @ f @ turned.mT
+    return turned, unit.squeeze(-1) * d, unit * off, unit.pow(1 / root) * (turned @ f @ turned.mT)

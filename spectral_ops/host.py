@@ -3,6 +3,9 @@
 `reference.py` has the same formulas, with masks and for any dtype; it serves whatever is not plain here.
 """
 
+from itertools import compress
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,28 +61,28 @@ def diagonal_update(
     skipped: list[Tensor], lr: Tensor, weight_decay: list[float], beta1: float, beta2: float, gamma: float, eps: float,
     batch_size: float, rule: str, maximize: bool,
 ) -> None:  # fmt: skip
-    options = beta1, beta2, gamma, eps, batch_size, rule, maximize
-    every = (params, grads, momenta, seconds, steps, skipped)
+    options: list[Any] = [beta1, beta2, gamma, eps, batch_size, rule, maximize]
+    lists: list[Any] = [params, grads, momenta, seconds, steps, skipped, lr, weight_decay]
     if not params or not wide(*params, *grads, *momenta, *seconds):
-        return reference.diagonal_update(*every, lr, weight_decay, *options)
+        return reference.diagonal_update(*lists, *options)
     squares = torch.stack(torch._foreach_norm(grads)).square()
     moves = (squares.isfinite() & ((squares > 0) | (lr != 0))).tolist()
     if not all(moves):
         for mask, update in ((True, diagonal_update), (False, reference.diagonal_update)):
-            chosen = [[x for x, its in zip(values, moves, strict=True) if its == mask] for values in (*every, weight_decay)]
-            update(*chosen[:6], lr, chosen[6], *options)
+            own: list[Any] = [list(compress(x, (its == mask for its in moves))) if isinstance(x, list) else x for x in lists]
+            update(*own, *options)
         return None
     torch._foreach_add_(steps, 1)
     if rule == "adamw":
         for decay in dict.fromkeys(weight_decay):
-            mine = [i for i, value in enumerate(weight_decay) if value == decay]
-            p, g, m, s, counts = ([tensors[i] for i in mine] for tensors in every[:5])
-            moved = [[x.contiguous() for x in tensors] for tensors in (p, g, m, s)]
+            mine = [value == decay for value in weight_decay]
+            p, g, m, s, counts = (list(compress(x, mine)) for x in (params, grads, momenta, seconds, steps))
+            p2, g2, m2, s2 = ([x.contiguous() for x in tensors] for tensors in (p, g, m, s))
             torch._fused_adamw_(
-                *moved, [], counts, lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                p2, g2, m2, s2, [], counts, lr=float(lr), beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
                 maximize=maximize,
             )  # fmt: skip
-            for x, y in zip((*p, *m, *s), (*moved[0], *moved[2], *moved[3]), strict=True):
+            for x, y in zip((*p, *m, *s), (*p2, *m2, *s2), strict=True):
                 if x is not y:
                     x.copy_(y)
         return None
@@ -109,10 +112,10 @@ def inverse_free_update(
     if not plain(k, m) or x.dtype != k.dtype:
         return reference.inverse_free_update(k, m, x, share, damping, usable, seed, step, decay, gain, gamma)
     if not usable.all():
-        rows = usable.nonzero().flatten()
-        own = [value[rows] for value in (k, m, x, share, damping, usable)]
-        inverse_free_update(*own, None, step, decay, gain, gamma)
-        k[rows], m[rows] = own[:2]
+        some = usable.nonzero().flatten()
+        k2, m2, x2, s2, d2, u2 = (value[some] for value in (k, m, x, share, damping, usable))
+        inverse_free_update(k2, m2, x2, s2, d2, u2, None, step, decay, gain, gamma)
+        k[some], m[some] = k2, m2
         return None
     if k.shape[-1] < SMALLEST:
         m.baddbmm_(x * block(gain * share), x.mT, beta=decay)
