@@ -23,6 +23,35 @@ EPSILON = 0.1  # relative eigenvalue gap under which rotations are damped
 
 
 class KrADagradStar(KroneckerOptimizer):
+    r"""KrADagrad*: Shampoo's regret from factors that need no inverse, only positive roots.
+
+    For a weight `n × m` with gradient `G`, `L` and `R` start at the identity, and
+
+        L ← L − L H L / t,   H = b G Gᵀ + λ m I,   t = 1 + ‖H L‖_F,   and the mirror image for R
+        θ ← θ − lr · L^(1/4) G R^(1/4)
+
+    so that `0 ≺ L_k ⪯ L_{k−1}` (Cor. 3.3). Tensors with `N` axes have a factor for each and the root `1/(2N)`.
+    `update_scale=None, momentum=0` is Algorithm 1; otherwise scale, momentum and decay are those of `IFShampoo`, and gradients
+    count in units of the first one's root mean square.
+
+    Roots need no decomposition: a factor is kept as `B T Bᵀ`, a bounded Cayley step turns `B` towards its eigenbasis in every
+    update, and the root is that of the diagonal of `T` and, to first order, of the rest. A float32 factor as one matrix would
+    lose eigenvalues under the rounding error of the largest, even their sign, and diverge.
+
+    Args:
+        damping: `λ`, in units of squared gradients.
+        batch_size: `b`.
+        roots: "tracking", or "eigh": exact, by an eigendecomposition in every update.
+        preconditioner_dtype: of bases and what is off the diagonal of `T`; roots are float32 at least.
+        others: as of `IFShampoo`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `IFShampoo`.
+
+    Mei, Moreno, Walters, 2023, "KrADagrad: Kronecker Approximation-Domination Gradient Preconditioned Stochastic Optimization",
+    Algorithm 1, Sec. 3.3.
+    """
+
     def __init__(
         self,
         params: Any,
@@ -140,6 +169,14 @@ class KrADagradStar(KroneckerOptimizer):
 
 
 class KrADagrad(KrADagradStar):
+    r"""KrADagrad: the two sides take turns, each seen through the other: `L ← L − L H L / t` with `H = b G R Gᵀ + λ m I`, the
+    left one first, and `θ ← θ − lr · L^(1/2) G R^(1/2)`, whatever the number of axes. Its regret is not optimal. Options are
+    those of `KrADagradStar`.
+
+    Mei, Moreno, Walters, 2023, "KrADagrad: Kronecker Approximation-Domination Gradient Preconditioned Stochastic Optimization",
+    (9) to (13), Sec. 3.2.
+    """
+
     def root(self, batch: Batch) -> int:
         return 2
 
