@@ -776,7 +776,8 @@ class InverseFreeUpdate(Case):
         return {name: arguments[name] for name in ("k", "m")}
 
     def matrix_work(self, n: int, m: int, size: int, gradient: int) -> Work:
-        return Work(lower(n, m) + lower(n, n) + full(n, n, n), size * (n * m + 9 * n * n))
+        root = m + n  # columns of what the curvature is the product of
+        return Work(lower(n, root) + full(n, n, n), size * (n * root + 5 * n * n))
 
 
 class SpectrumUpdate(Case):

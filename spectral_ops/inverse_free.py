@@ -27,15 +27,14 @@ def _kernel(
 ) -> None:
     from spectral_ops.kernels import factor, gram, launch
 
-    x = x.to(k.dtype)
-    (batch, n), columns = k.shape[:2], x.shape[-1]
+    # One product for both terms, and the old momentum apart: with weights and `c` gram's kernel spills in some of its tiles.
+    root = torch.cat([x * reference.block(share.sqrt()), k.mT * reference.block(damping.sqrt())], -1).to(k.dtype)
+    batch, n, columns = root.shape
     served = m.dtype == k.dtype and k.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    tiles = [launch.pick("gram", n, size, batch, y) for size, y in ((columns, x), (n, k))]
-    tile = launch.pick("factor", n, n, batch, k)
-    if not served or tile is None or tiles[0] is None or tiles[1] is None:
+    wide, tile = launch.pick("gram", n, columns, batch, root), launch.pick("factor", n, n, batch, k)
+    if not served or wide is None or tile is None:
         return NotImplemented
-    new = gram.gram(k.mT, damping.unsqueeze(-1).expand(batch, n).contiguous(), gain, decay, m, tiles[1])
-    new = gram.gram(x, share.unsqueeze(-1).expand(batch, columns).contiguous(), gain, 1.0, new, tiles[0])
+    new = gram.gram(root, None, gain, 0.0, None, wide).add_(m, alpha=decay)
     reference.keep(usable, m, reference.add_diagonal(new, -gain * gamma))
     k.copy_(factor.factor_update(k, m, step * usable.float(), tile, seed))
 

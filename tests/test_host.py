@@ -157,7 +157,7 @@ def test_inverse_free_update_by_kernels(dtype, n, columns, request):
     request.getfixturevalue("kernels_on_cpu")
     with recording() as launches:
         ops.inverse_free_update(*mine, **OPTIONS, seed=seed)
-    assert [item.name for item in launches] == ["gram", "gram", "factor_squares", "factor"]
+    assert [item.name for item in launches] == ["gram", "factor_squares", "factor"]
     for x, y, z, old in zip(mine[:2], theirs[:2], exact[:2], args[:2], strict=True):
         assert x.dtype == dtype and torch.equal(x[1], old[1])
         rounding = 2 * torch.finfo(dtype).eps * z.norm()  # of the momentum, and once more of the factor
