@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import spectral_ops as ops
+from spectral_ops import riemannian
+from spectral_ops.cayley import LIMITS
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer
 from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, seeds
@@ -20,9 +22,6 @@ ROTATIONS = ("tracking", "riemannian")
 UPDATE_SCALES = ("rms", "clip", "graft", None)
 
 DEFAULT_ORDER = 3
-# Largest generator of each Cayley order: a turn of 57° to 59°. An update multiplies the basis by `P − ½ (BᵀB − I)`, and where P
-# turns a plane by θ that multiplies the plane's anisotropic defect by `2 sin(θ/2)`: from 60° on the correction feeds it.
-LIMITS = {2: 0.42, 3: 0.48, 4: 0.5, 8: 0.55}
 LAYOUT_OPTIONS = ("rotation", "carry_residual", "update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 SIDES = ("left", "right")
 
@@ -217,46 +216,31 @@ def _track(group: Group, batch: Batch) -> None:
 
 
 def _paper(group: Group, batch: Batch) -> None:
-    """Lin et al., 2025: Fig. 1 (`exact`) or Fig. 6, with the exact or, by `cayley_order`, the truncated Cayley map."""
+    """Lin et al., 2025: Fig. 1 (`exact`) or Fig. 6, with the exact or, by `cayley_order`, the truncated Cayley map; the
+    formulas are at `spectral_ops.riemannian`."""
     s = batch.state
-    usable, g = batch.check(), batch.clean_grad()
+    usable = batch.check()
     s["updates"] += usable
-    n, m = g.shape[-2:]
-    beta2, alpha = 1 - group["betas"][1], s["scale"]
-    order, limit = _map(group)
-    rotated = rotate(g, s.get("basis_left"), s.get("basis_right"))
-    inverse = {side: s[f"eigenvalues_{side}"].reciprocal() for side in SIDES}
-    diag_w, bases = {}, {}
-    for side, other, x, k in (("left", "right", rotated, m), ("right", "left", rotated.mT, n)):
-        b, d = s.get(f"basis_{side}"), s[f"eigenvalues_{side}"]
-        if b is None:
-            diag_w[side] = (x.square() * inverse[other][:, None, :]).sum(-1)
-            continue
-        skew, diag_w[side], sq_norm = ops.gram_skew(x, d, inverse[other])
-        step = beta2 / (2 * alpha * k)
-        if group["cayley_order"] is None:
-            bases[side] = b.to(skew.dtype) @ ops.cayley(skew * step[:, None, None])
-        else:
-            step = torch.minimum(step, limit / sq_norm.sqrt().clamp(min=torch.finfo(sq_norm.dtype).tiny))
-            seed = seeds(s, SIDES.index(side))
-            rounding = {"rounding": "nearest"} if seed is None else {"rounding": "stochastic", "seed": seed}
-            bases[side] = ops.cayley_update(b, skew, step, order=order, correct=True, **rounding)
-    d_c, d_k, alpha = ops.spectrum_update(
-        s["eigenvalues_left"],
-        s["eigenvalues_right"],
-        alpha,
-        diag_w["left"],
-        diag_w["right"],
-        beta2,
+    bases = s.get("basis_left"), s.get("basis_right")
+    eigenvalues = s["eigenvalues_left"], s["eigenvalues_right"]
+    _, limit = _map(group)
+    left, right = (riemannian.Turn(group["cayley_order"], limit, seeds(s, axis)) for axis in range(2))
+    (b_c, b_k), (d_c, d_k), alpha = riemannian.kron_update(
+        bases,
+        eigenvalues,
+        s["scale"],
+        riemannian.kron_curvature(rotate(batch.clean_grad(), *bases), bases, eigenvalues),
+        torch.full_like(s["scale"], 1 - group["betas"][1]),
         gamma=group["gamma"],
         damping=group["damping"],
         exact=group["exact"],
+        turns=(left, right),
     )
-    new = {f"basis_{side}": b for side, b in bases.items()}
-    new |= {"eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}
-    for value in new.values():  # the squares of a gradient may be in range, and what is made of them not
-        usable = usable & value.isfinite().view(len(g), -1).all(1)
-    for name, value in new.items():
+    new = {"basis_left": b_c, "basis_right": b_k, "eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}
+    made = {name: value for name, value in new.items() if value is not None}
+    for value in made.values():  # the squares of a gradient may be in range, and what is made of them not
+        usable = usable & value.isfinite().view(len(usable), -1).all(1)
+    for name, value in made.items():
         keep(usable, s[name], value)
 
 

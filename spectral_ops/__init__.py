@@ -7,6 +7,7 @@ optimizers built on them are in `spectral_ops.optim`.
 from spectral_ops.cayley import cayley, cayley_truncated, cayley_update
 from spectral_ops.diagonal import diagonal_update
 from spectral_ops.factor import factor_update
+from spectral_ops.factors import KroneckerFactor, SpectralFactor
 from spectral_ops.gram import gram
 from spectral_ops.inverse_free import inverse_free_update
 from spectral_ops.kron import kron_track
@@ -20,6 +21,8 @@ from spectral_ops.update import momentum_update, parameter_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "KroneckerFactor",
+    "SpectralFactor",
     "apply_root",
     "cayley",
     "cayley_track",

@@ -9,6 +9,10 @@ from spectral_ops._batches import matrices, numbers
 from spectral_ops._library import define
 
 ORDERS = (2, 3, 4, 8)
+# Largest generator of each order where the map corrects itself: a turn of 57° to 59°. An update multiplies the basis by
+# `P − ½ (BᵀB − I)`, and where P turns a plane by θ that multiplies the plane's anisotropic defect by `2 sin(θ/2)`: from 60° on
+# the correction feeds it.
+LIMITS = {2: 0.42, 3: 0.48, 4: 0.5, 8: 0.55}
 ROUNDINGS = ("nearest", "stochastic")
 
 

@@ -100,6 +100,15 @@ def tracked_diagonal(x: Tensor, d: Tensor, scale: Tensor, beta: Tensor, damping:
     return n * column(shrink), shrink, log_mean
 
 
+def bounded_generator(t: Tensor, n: Tensor, epsilon: float) -> Tensor:
+    """`X_ij = −½ t_ij Δ / (Δ² + ε² (n_i + n_j)²)`, `Δ = n_i − n_j`, of a symmetric `t`."""
+    gap, width = -0.25 * n, epsilon * n
+    gap, width = gap.unsqueeze(-1) - gap.unsqueeze(-2), width.unsqueeze(-1) + width.unsqueeze(-2)
+    half = width.square_().addcmul_(gap, gap, value=16)
+    half = (gap * t).div_(half)  # both triangles have half of the generator: their difference is bitwise skew
+    return half - half.mT
+
+
 def gram_track(
     x: Tensor, d: Tensor, residual: Tensor | None, scale: Tensor, beta: Tensor, damping: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -109,11 +118,7 @@ def gram_track(
     t = weighted @ x.mT
     if residual is not None:
         t.addcmul_(raised(residual).to(t.dtype), block((1 - beta) * shrink).to(t.dtype))
-    gap, width = -0.25 * n, epsilon * n
-    gap, width = gap.unsqueeze(-1) - gap.unsqueeze(-2), width.unsqueeze(-1) + width.unsqueeze(-2)
-    half = width.square_().addcmul_(gap, gap, value=16)
-    half = (gap * t).div_(half)  # both triangles have half of the generator: their difference is bitwise skew
-    generator = (half - half.mT).to(dtype)
+    generator = bounded_generator(t, n, epsilon).to(dtype)
     if residual is None:
         return generator, n, None, log_mean
     t.diagonal(dim1=-2, dim2=-1).zero_()

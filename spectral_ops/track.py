@@ -13,6 +13,7 @@ from spectral_ops import reference
 from spectral_ops._batches import matrices, numbers, vectors
 from spectral_ops._library import define
 from spectral_ops.cayley import ORDERS
+from spectral_ops.reference import column
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -216,3 +217,38 @@ def cayley_track(
     seeds = None if seed is None else check.seeds(seed, op, b, b.shape[:-2])
     b, d, new = _cayley_track(b, x, d, residual, float(limit), order, seeds)
     return b, d, None if residual is None else new
+
+
+def full_track(
+    b: Tensor,
+    d: Tensor,
+    residual: Tensor | None,
+    w: Tensor,
+    beta: Tensor,
+    *,
+    gamma: float = 1.0,
+    damping: float = 0.0,
+    epsilon: float = 0.1,
+    limit: float = 0.48,
+    order: int = 3,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Average curvature into one matrix `S = B T Bᵀ`, `T = Diag(d) + R`, and turn its basis after it.
+
+        T ← (1 − γ beta) T + beta (W + λ I)
+        B ← B P,   T ← Pᵀ T P        by the bounded generator of `gram_track` and the map of `cayley_track`
+
+    `w` `(..., n, n)` is `Bᵀ H B`, `H ⪰ 0`; `beta` is one number for each matrix. Returns new `b`, `d` and residual; None: it is
+    dropped. Eigenvalues are never under 1e-6 of the largest, where `d` and `w` are not.
+    """
+    share, keep = column(beta), column(1 - gamma * beta)
+    n = keep * d + share * (w.diagonal(dim1=-2, dim2=-1) + damping)
+    t = share.unsqueeze(-1) * w
+    if residual is not None:
+        t = t + keep.unsqueeze(-1) * reference.raised(residual)
+    generator = reference.bounded_generator(t, n, epsilon)
+    if residual is not None:
+        residual = t.to(residual.dtype)
+        residual.diagonal(dim1=-2, dim2=-1).zero_()
+    b, n, residual = cayley_track(b, generator, n, residual=residual, limit=limit, order=order, seed=seed)
+    return b, n.clamp(min=reference.RELATIVE_FLOOR * n.amax(-1, keepdim=True)), residual

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_ops as ops
+from spectral_ops.cayley import LIMITS
 from spectral_ops.kernels.launch import recording
 from spectral_ops.optim import SpectralKron, param_groups
-from spectral_ops.optim.spectral_kron import LIMITS
 
 SHAPE_CLASSES = ((6, 9), (9, 6), (4, 4))
 
