@@ -69,7 +69,7 @@ class SpectralKron(MatrixOptimizer):
         cayley_order: 2, 3, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_track`. None: 3 for
             "tracking", the exact map (a linear solve) for "riemannian".
         rotation_limit: bound on the generator's norm (spectral for "tracking", Frobenius for "riemannian"). None: the
-            largest that is stable, 0.42, 0.48, 0.5 or 0.55 for order 2, 3, 4 or 8: turns of under 60°.
+            largest that is stable, 0.42, 0.48, 0.5 or 0.55 for order 2, 3, 4 or 8: turns of under 60°; none for the exact map.
         rotation_epsilon: relative eigenvalue gap under which rotations are damped ("tracking" only).
         max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of `B_l` and the residuals; None: the parameter's (float32 for float16). bfloat16 factors are
@@ -223,8 +223,9 @@ def _paper(group: Group, batch: Batch) -> None:
     s["updates"] += usable
     bases = s.get("basis_left"), s.get("basis_right")
     eigenvalues = s["eigenvalues_left"], s["eigenvalues_right"]
-    _, limit = _map(group)
-    left, right = (riemannian.Turn(group["cayley_order"], limit, seeds(s, axis)) for axis in range(2))
+    order = group["cayley_order"]
+    limit = group["rotation_limit"] if order is None else _map(group)[1]
+    left, right = (riemannian.Turn(order, limit, seeds(s, axis)) for axis in range(2))
     (b_c, b_k), (d_c, d_k), alpha = riemannian.kron_update(
         bases,
         eigenvalues,

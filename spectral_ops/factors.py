@@ -97,8 +97,8 @@ class _Factor:
         op = f"{self.name}.update"
         x = check.tensor(value, name, op)
         wanted = [(*self.batch, *shape) for shape in shapes]
-        if not any(len(x.shape) == len(s) and all(isinstance(b, str) or a == b for a, b in zip(x.shape, s, strict=True)) for s in wanted):
-            said = " or ".join("(" + ", ".join(map(str, s)) + ("," if len(s) == 1 else "") + ")" for s in wanted)
+        if not any(_fits(x.shape, shape) for shape in wanted):
+            said = " or ".join(str(shape).replace("'", "") for shape in wanted)
             raise ValueError(f"{op}: `{name}` must have shape {said}, got {tuple(x.shape)}")
         if x.device != self.updates.device:
             raise ValueError(f"{op}: `{name}` must be on {self.updates.device} like the factor, got {x.device}")
@@ -132,11 +132,17 @@ class _Factor:
         return first + self.updates.long() * STREAM_STEP + side * STREAM_SIDE
 
     def _turn(self, side: int = 0) -> riemannian.Turn:
-        return riemannian.Turn(self.cayley_order, LIMITS[self.cayley_order or 8], self._seeds(side))
+        limit = None if self.cayley_order is None else LIMITS[self.cayley_order]
+        return riemannian.Turn(self.cayley_order, limit, self._seeds(side))
 
     def _tracking_map(self) -> dict[str, Any]:
         order = self.cayley_order or 3
         return {"order": order, "limit": LIMITS[order]}
+
+
+def _fits(shape: torch.Size, wanted: tuple[int | str, ...]) -> bool:
+    """A name stands for any size."""
+    return len(shape) == len(wanted) and all(isinstance(b, str) or a == b for a, b in zip(shape, wanted, strict=True))
 
 
 class SpectralFactor(_Factor):
@@ -155,8 +161,8 @@ class SpectralFactor(_Factor):
         eigenvalues: where `d` starts, a number or `(..., n)`.
         basis: where `B` starts, `(..., n, n)`; None: the identity.
         rotation: "riemannian" or "tracking".
-        cayley_order: 2, 3, 4 or 8: the truncated Cayley map (`cayley_truncated`), which needs products only; its step is limited.
-            None: 3 for "tracking", for "riemannian" the exact map, a linear solve.
+        cayley_order: 2, 3, 4 or 8: the truncated Cayley map (`cayley_truncated`), which needs products only, with a limited
+            step. None: 3 for "tracking", for "riemannian" the exact map, a linear solve.
         dtype: of `B` and `R`: float64, float32 or bfloat16, which is rounded stochastically. Eigenvalues are float32 (float64).
         device: of all tensors.
         seed: of the stochastic rounding.
@@ -214,9 +220,9 @@ class SpectralFactor(_Factor):
             rotated: `h` or `x` is given in the factor's own basis, as `Bᵀ h B` or `Bᵀ x`.
 
         Raises:
-            TypeError, ValueError: not one of `h` and `x`, a wrong shape, dtype, device or option; with `validate` also curvature
-                that is not finite or not symmetric, or that would leave an eigenvalue that is not positive. Then nothing has
-                changed.
+            TypeError, ValueError: not one of `h` and `x`, a wrong shape, dtype, device or option; with `validate` also
+                curvature that is not finite or not symmetric, or that would leave an eigenvalue that is not positive. Then
+                nothing has changed.
         """
         beta2, n = self._decay(beta2, gamma, damping, exact), self.n
         if (h is None) == (x is None):
@@ -271,8 +277,8 @@ class SpectralFactor(_Factor):
         return (b @ (self.eigenvalues.pow(-1 / root).unsqueeze(-1) * (b.mT @ v.to(b.dtype)))).to(v.dtype)
 
     def matrix(self, power: float = 1.0) -> Tensor:
-        """`S^power`, `(..., n, n)`, in the dtype of the eigenvalues, bitwise symmetric. With "tracking", `S` itself is the whole
-        average; its other powers leave the residual out."""
+        """`S^power`, `(..., n, n)`, in the dtype of the eigenvalues, bitwise symmetric. With "tracking", `S` itself is the
+        whole average; its other powers leave the residual out."""
         b = raised(self.basis)
         scaled = b * self.eigenvalues.pow(power).unsqueeze(-2)
         if self.rotation == "tracking" and power == 1:
@@ -303,8 +309,8 @@ class KroneckerFactor(_Factor):
         n, m: sizes of `S_C` and `S_K`.
         batch: leading dimensions, `()` for one matrix.
         scale: where `α` starts, a number or `(...)`.
-        eigenvalues: where `d_C` and `d_K` start, numbers or `(..., n)` and `(..., m)`; they are divided by their geometric means,
-            which go to `α`.
+        eigenvalues: where `d_C` and `d_K` start, numbers or `(..., n)` and `(..., m)`; they are divided by their geometric
+            means, which go to `α`.
         bases: where `B_C` and `B_K` start; None: the identity.
         others: as of `SpectralFactor`.
 
@@ -362,7 +368,7 @@ class KroneckerFactor(_Factor):
 
         Args:
             g: `(..., n, m)`.
-            beta2: share of the new curvature, a number or one for each matrix. "tracking" takes a number, and its average is warm.
+            beta2: share of the new curvature, a number or one for each matrix. "tracking" takes a number, and averages warmly.
             h: `(..., n·m, n·m)`, symmetric, rows of `g` one after the other; "riemannian" only. Positive semi-definite unless
                 `exact`.
             gamma: 1 for a moving average, 0 for a sum ("riemannian" only).
@@ -421,7 +427,7 @@ class KroneckerFactor(_Factor):
         )
 
     def _traces(self, h: Tensor) -> tuple[riemannian.Curvature, riemannian.Curvature]:
-        """Both sides of any curvature: it is contracted with the other side's inverse, as `vec(g) vec(g)ᵀ` is to `G S_K⁻¹ Gᵀ`."""
+        """Both sides of any curvature: contracted with the other side's inverse, as `vec(g) vec(g)ᵀ` is to `G S_K⁻¹ Gᵀ`."""
         n, m = self.n, self.m
         b_c, b_k = raised(self.basis_c), raised(self.basis_k)
         both = (b_c[..., :, None, :, None] * b_k[..., None, :, None, :]).reshape(*self.batch, n * m, n * m)
@@ -451,7 +457,7 @@ class KroneckerFactor(_Factor):
         return result
 
     def matrix(self, power: float = 1.0) -> Tensor:
-        """`S^power`, `(..., n·m, n·m)`, in the dtype of the eigenvalues. With "tracking", `S` itself is of the whole averages."""
+        """`S^power`, `(..., n·m, n·m)`, in the dtype of the eigenvalues. With "tracking", `S` itself is of whole averages."""
         sides = []
         for side in "ck":
             b, d = raised(getattr(self, f"basis_{side}")), getattr(self, f"eigenvalues_{side}")

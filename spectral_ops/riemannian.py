@@ -81,21 +81,23 @@ def kron_update(
 class Turn(NamedTuple):
     """`B ← B · Cayley(step · Skew(Tril(U)))`, less half the orthogonality defect of `B`.
 
-    `order` None: the exact map, a linear solve. Else the truncated one, whose step is the shorter one of `step` and
-    `limit / ‖Skew(Tril(U))‖_F` (Sec. 3.4). bfloat16 bases are rounded stochastically with a seed, else to nearest.
+    `order` None: the exact map, a linear solve; else the truncated one. `limit`: the step is at most
+    `limit / ‖Skew(Tril(U))‖_F` (Sec. 3.4), which truncated maps need; None: it is as it is. bfloat16 bases are rounded
+    stochastically with a seed, else to nearest.
     """
 
     order: int | None
-    limit: float
+    limit: float | None
     seed: Tensor | None = None
 
     def __call__(self, b: Tensor | None, w: Curvature, step: Tensor) -> Tensor | None:
         if b is None or w.skew is None or w.norm is None:
             return None
+        if self.limit is not None:
+            step = torch.minimum(step, self.limit / w.norm.clamp(min=torch.finfo(w.norm.dtype).tiny))
         if self.order is None:
             wide, x = matched(raised(b), block(step) * w.skew)
             return rounded(wide @ correct(cayley(x), wide), b.dtype, self.seed)
-        step = torch.minimum(step, self.limit / w.norm.clamp(min=torch.finfo(w.norm.dtype).tiny))
         if self.seed is None:
             return cayley_update(b, w.skew, step, order=self.order, correct=True)
         return cayley_update(b, w.skew, step, order=self.order, correct=True, rounding="stochastic", seed=self.seed)
