@@ -13,6 +13,7 @@ from spectral_ops.optim import (
     RFFullAdaGrad,
     RFRMSprop,
     RFShampoo,
+    SpectralFull,
     SpectralKron,
 )
 from spectral_ops.optim._engine import MatrixOptimizer
@@ -52,4 +53,8 @@ OPTIMIZERS: dict[str, Build] = {
     "RFAdaGrad": _with(RFAdaGrad),
     "KrADagradStar": _with(KrADagradStar),
     "KrADagrad": _with(KrADagrad),
+    # One matrix for each parameter: those of one matrix for a group depend on each other, see tests/test_spectral_full.py.
+    "SpectralFull": _with(SpectralFull, joint=False),
+    "SpectralFull paper": _with(SpectralFull, joint=False, rotation="riemannian", update_scale=None),
+    "SpectralFull diagonal": _with(SpectralFull, joint=False, diagonal=True, update_scale=None),
 }

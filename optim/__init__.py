@@ -6,7 +6,10 @@ from spectral_ops.optim.kradagrad import KrADagrad, KrADagradStar
 from spectral_ops.optim.rf_full_adagrad import RFFullAdaGrad
 from spectral_ops.optim.rf_rmsprop import RFAdaGrad, RFRMSprop
 from spectral_ops.optim.rf_shampoo import RFShampoo
+from spectral_ops.optim.spd import SPDResult, minimize_spd
+from spectral_ops.optim.spectral_full import SpectralFull
 from spectral_ops.optim.spectral_kron import SpectralKron
+from spectral_ops.optim.spectral_nes import SpectralNES
 
 __all__ = [
     "IFShampoo",
@@ -17,6 +20,10 @@ __all__ = [
     "RFFullAdaGrad",
     "RFRMSprop",
     "RFShampoo",
+    "SPDResult",
+    "SpectralFull",
     "SpectralKron",
+    "SpectralNES",
+    "minimize_spd",
     "param_groups",
 ]

@@ -246,15 +246,17 @@ class MatrixOptimizer(Optimizer):
         elementwise = []
         layout = self.layout(group)
         for i, p in enumerate(group["params"]):
-            if p.grad is None or p.numel() == 0:
+            if p.numel() == 0:
                 continue
-            self._check_gradient(group, i, p.grad)
-            if not self._is_matrix(group, i):
+            if p.grad is not None:
+                self._check_gradient(group, i, p.grad)
+            if self._is_matrix(group, i):
+                for piece in self._pieces(number, group, i):
+                    if piece.has_grad:
+                        key = (number, layout, piece.dims, p.dtype, piece.grad.dtype, p.device)
+                        classes.setdefault(key, []).append(piece)
+            elif p.grad is not None:
                 elementwise.append(p)
-                continue
-            for piece in self._pieces(number, group, i):
-                key = (number, layout, piece.dims, p.dtype, p.grad.dtype, p.device)
-                classes.setdefault(key, []).append(piece)
         return classes, elementwise
 
     def _pieces(self, number: int, group: Group, i: int) -> Iterator[Piece]:
@@ -282,9 +284,7 @@ class MatrixOptimizer(Optimizer):
             weight_decay=self.decoupled_decay(group), normalize=normalize,
         )  # fmt: skip
         for piece, view in zip(members, views, strict=True):
-            if not piece.parameter.is_contiguous():  # then the view was a copy
-                rows = piece.rows(piece.parameter)
-                rows.copy_(view.view(rows.shape))
+            piece.store(view)
 
     def _step_elementwise(self, work: list[tuple[Group, list[Tensor]]]) -> None:
         """What is no matrix, all groups of one learning rate together."""
@@ -346,7 +346,7 @@ class MatrixOptimizer(Optimizer):
         stacks, views = self._stacks.get(key, ({}, []))
         # By identity: a loaded, copied or replaced state does not hold the views that were handed out.
         if len(views) == len(members) and all(
-            all(self.state[piece.parameter].get(name) is view for name, view in mine.items())
+            all(self.state[piece.holder].get(name) is view for name, view in mine.items())
             for piece, mine in zip(members, views, strict=True)
         ):
             return stacks
@@ -365,13 +365,16 @@ class MatrixOptimizer(Optimizer):
             parts = stack.split([piece.count for piece in members])
             for piece, part, mine in zip(members, parts, views, strict=True):
                 view = part if piece.lead else part.squeeze(0)
-                mine[name + piece.suffix] = self.state[piece.parameter][name + piece.suffix] = view
+                mine[name + piece.suffix] = self.state[piece.holder][name + piece.suffix] = view
+        for piece, mine in zip(members, views, strict=True):
+            for p in piece.followers:  # a checkpoint wants something of each
+                self.state[p]["step"] = mine["step"]
         self._stacks[key] = stacks, views
         return stacks
 
     def _state_of(self, group: Group, piece: Piece) -> dict[str, Tensor]:
         """A piece's state, without the suffix in its names; new if it has none."""
-        held = self.state[piece.parameter]
+        held = self.state[piece.holder]
         wanted = self._fresh(group, piece.on_meta())
         missing = [name for name in wanted if name + piece.suffix not in held]
         if len(missing) == len(wanted):
@@ -477,6 +480,12 @@ def counters(p: Tensor, lead: tuple[int, ...] = ()) -> dict[str, Tensor]:
 
 def adamw(group: Group) -> Rule:
     return Rule((("rule", "adamw"), ("betas", tuple(group["adamw_betas"])), ("eps", group["adamw_eps"])))
+
+
+def moves(group: Group) -> Tensor | bool:
+    """Whether the learning rate is not 0, without reading a tensor."""
+    lr = group["lr"]
+    return lr.reshape(()) != 0 if isinstance(lr, Tensor) else bool(lr != 0)
 
 
 def called(group: Group) -> Group:

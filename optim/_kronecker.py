@@ -8,7 +8,7 @@ from torch import Tensor
 
 import spectral_ops as ops
 from spectral_ops.optim import _options as check
-from spectral_ops.optim._engine import Batch, MatrixOptimizer
+from spectral_ops.optim._engine import Batch, MatrixOptimizer, moves
 from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, multiplied
 from spectral_ops.optim._pieces import Group, Piece
 from spectral_ops.reference import NEGLIGIBLE, accumulation_dtype, block, frobenius, raised
@@ -74,14 +74,14 @@ class KroneckerOptimizer(MatrixOptimizer):
         usable = batch.check(NEGLIGIBLE)
         self._learn(group, batch, usable, scaled)
         x, maximize = batch.grad, group["maximize"]
-        moves = batch.finite
+        moved = batch.finite
         if not scaled:  # the paper's order: first the preconditioner, then the momentum
             x, _ = self.precondition(batch, batch.clean_grad())
         if group["weight_decay"] and not self._decoupled(group):
             x, maximize = _decayed(-x if maximize else x, batch.parameters, group["weight_decay"]), False
-            moves = moves & (usable | (torch.as_tensor(group["lr"]).reshape(()) != 0))  # a step of nothing is none
+            moved = moved & (usable | moves(group))  # a step of nothing is none
         average = ops.momentum_update(
-            s["momentum_buffer"], x, moves, group["momentum"], nesterov=scaled, maximize=maximize
+            s["momentum_buffer"], x, moved, group["momentum"], nesterov=scaled, maximize=maximize
         )  # fmt: skip
         if scaled:
             return *self.precondition(batch, average), group["update_scale"]

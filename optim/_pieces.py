@@ -45,6 +45,20 @@ class Piece:
         assert self.parameter.grad is not None  # parameters without one are not in a batch
         return self.parameter.grad
 
+    @property
+    def has_grad(self) -> bool:
+        return self.parameter.grad is not None
+
+    @property
+    def holder(self) -> Tensor:
+        """The parameter whose state this piece's is."""
+        return self.parameter
+
+    @property
+    def followers(self) -> tuple[Tensor, ...]:
+        """Parameters whose state is in another's."""
+        return ()
+
     def on_meta(self) -> "Piece":
         """The same without data."""
         return replace(self, parameter=torch.empty_like(self.parameter, device="meta"))
@@ -56,6 +70,42 @@ class Piece:
     def matrices(self, x: Tensor) -> Tensor:
         """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
         return self.rows(x).reshape(-1, self.n, self.m)
+
+    def store(self, values: Tensor) -> None:
+        """Write matrices back, where they are a copy."""
+        if not self.parameter.is_contiguous():
+            rows = self.rows(self.parameter)
+            rows.copy_(values.view(rows.shape))
+
+
+@dataclass(frozen=True)
+class Joint(Piece):
+    """Several parameters as one vector, of which `parameter` is a copy. The first one holds the state. Those without a gradient
+    have one of zeros, and are not changed."""
+
+    parameters: tuple[Tensor, ...]
+
+    @property
+    def grad(self) -> Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        return torch.cat([g.reshape(-1) for g in grads])
+
+    @property
+    def has_grad(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
+    @property
+    def holder(self) -> Tensor:
+        return self.parameters[0]
+
+    @property
+    def followers(self) -> tuple[Tensor, ...]:
+        return self.parameters[1:]
+
+    def store(self, values: Tensor) -> None:
+        for p, part in zip(self.parameters, values.view(-1).split([p.numel() for p in self.parameters]), strict=True):
+            if p.grad is not None:
+                p.copy_(part.view_as(p))
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
@@ -93,6 +143,13 @@ def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
 def whole(p: Tensor, index: int, dims: tuple[int, ...]) -> Piece:
     """A parameter as one tensor of `dims`."""
     return Piece(p, 0, rows_of(p), (), dims[0], math.prod(dims[1:]), "", index, dims)
+
+
+def joint(parameters: list[Tensor], index: int) -> Joint:
+    """Parameters as one vector; `index` is that of the first."""
+    vector = torch.cat([p.detach().reshape(-1) for p in parameters])
+    n = len(vector)
+    return Joint(vector, 0, n, (), n, 1, "", index, (n,), tuple(parameters))
 
 
 def rows_of(p: Tensor) -> int:

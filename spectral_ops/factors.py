@@ -67,7 +67,7 @@ class _Factor:
             raise ValueError(f"{self.name}: `{name}` must be a tensor of shape {shape}, got {getattr(basis, 'shape', basis)}")
         if self.validate:
             defect = (basis.mT.double() @ basis.double() - torch.eye(n, dtype=torch.float64, device=basis.device)).abs()
-            if n and not defect.amax() <= 8 * torch.finfo(basis.dtype).eps ** 0.5:
+            if defect.numel() and not defect.amax() <= 8 * torch.finfo(basis.dtype).eps ** 0.5:
                 raise ValueError(f"{self.name}: `{name}` must be orthogonal, but BᵀB − I has an entry of {defect.amax():.2g}")
         return basis.detach().to(**self._matrix, copy=True).contiguous()
 
@@ -123,6 +123,11 @@ class _Factor:
                 else f"{self.name}.update: an eigenvalue would not be positive: the truncated map needs curvature ⪰ 0 and "
                 "`beta2` < 1; for other curvature pass `exact=True`"
             )
+
+    def _take(self, new: dict[str, Tensor | None]) -> None:
+        for name, value in new.items():
+            getattr(self, name).copy_(value)
+        self.updates += 1
 
     def _seeds(self, side: int) -> Tensor | None:
         """Of this update's rounding; None where nothing is rounded to bfloat16."""
@@ -237,24 +242,25 @@ class SpectralFactor(_Factor):
             h = self._input(h, "h", (n, n))
             self._symmetric(h, eps)
             h = rotate(0.5 * (h + h.mT), basis, basis).to(d.dtype)
-        residual = None
+        new: dict[str, Tensor | None] = {}
         if self.rotation == "tracking":
-            w = x @ x.mT if x is not None else h
+            w = h if x is None else x @ x.mT
             assert w is not None
-            options = {"gamma": gamma, "damping": damping, "seed": self._seeds(0)}
-            if self.validate:
-                self._check_new(column(1 - gamma * beta2) * d + column(beta2) * (w.diagonal(dim1=-2, dim2=-1) + damping), exact)
-            b, d, residual = full_track(self.basis, d, self.residual, w, beta2, **self._tracking_map(), **options)
+            n_new = column(1 - gamma * beta2) * d + column(beta2) * (w.diagonal(dim1=-2, dim2=-1) + damping)
+            self._check_new(n_new, exact)  # before a turn, which would take negative ones for rounding errors
+            new["basis"], new["eigenvalues"], new["residual"] = full_track(
+                self.basis, d, self.residual, w, beta2, gamma=gamma, damping=damping, seed=self._seeds(0),
+                **self._tracking_map(),
+            )  # fmt: skip
         else:
             curvature = riemannian.of_factor(x, d) if x is not None else riemannian.of_matrix(h, d)  # type: ignore[arg-type]
-            b, d = riemannian.full_update(self.basis, d, curvature, beta2, gamma, damping, exact, self._turn())
-        self._check_new(d, exact)
-        assert b is not None
-        self.basis.copy_(b)
-        self.eigenvalues.copy_(d)
-        if residual is not None:
-            self.residual.copy_(residual)
-        self.updates += 1
+            turn = self._turn()
+            new["basis"], eigenvalues = riemannian.full_update(
+                self.basis, d, curvature, beta2, gamma, damping, exact, turn
+            )
+            self._check_new(eigenvalues, exact)
+            new["eigenvalues"] = eigenvalues
+        self._take(new)
 
     def apply(self, v: Tensor, root: float) -> Tensor:
         """`S^(−1/root) v`: `root` 1 solves, 2 is Adam-like, −1 multiplies by `S`.
@@ -400,11 +406,7 @@ class KroneckerFactor(_Factor):
         )
         for x in (d_c, d_k, scale):
             self._check_new(x, exact)
-        assert b_c is not None and b_k is not None
-        new = {"basis_c": b_c, "basis_k": b_k, "eigenvalues_c": d_c, "eigenvalues_k": d_k, "scale": scale}
-        for name, value in new.items():
-            getattr(self, name).copy_(value)
-        self.updates += 1
+        self._take({"basis_c": b_c, "basis_k": b_k, "eigenvalues_c": d_c, "eigenvalues_k": d_k, "scale": scale})
 
     def _track(self, g: Tensor, beta2: float, damping: float) -> None:
         if not beta2 <= 1:
@@ -415,7 +417,7 @@ class KroneckerFactor(_Factor):
             return x.view(count, *x.shape[len(self.batch) :])
 
         kron_track(
-            flat(g.contiguous()),
+            flat(g.to(self.updates.dtype).contiguous()),
             (flat(self.basis_c), flat(self.basis_k)),
             (flat(self.residual_c), flat(self.residual_k)),
             (flat(self.eigenvalues_c), flat(self.eigenvalues_k)),

@@ -104,7 +104,7 @@ def bounded_generator(t: Tensor, n: Tensor, epsilon: float) -> Tensor:
     """`X_ij = −½ t_ij Δ / (Δ² + ε² (n_i + n_j)²)`, `Δ = n_i − n_j`, of a symmetric `t`."""
     gap, width = -0.25 * n, epsilon * n
     gap, width = gap.unsqueeze(-1) - gap.unsqueeze(-2), width.unsqueeze(-1) + width.unsqueeze(-2)
-    half = width.square_().addcmul_(gap, gap, value=16)
+    half = torch.addcmul(width.square_(), gap, gap, value=16, out=width)
     half = (gap * t).div_(half)  # both triangles have half of the generator: their difference is bitwise skew
     return half - half.mT
 

@@ -251,4 +251,6 @@ def full_track(
         residual = t.to(residual.dtype)
         residual.diagonal(dim1=-2, dim2=-1).zero_()
     b, n, residual = cayley_track(b, generator, n, residual=residual, limit=limit, order=order, seed=seed)
-    return b, n.clamp(min=reference.RELATIVE_FLOOR * n.amax(-1, keepdim=True)), residual
+    if n.shape[-1]:
+        n = n.clamp(min=reference.RELATIVE_FLOOR * n.amax(-1, keepdim=True))
+    return b, n, residual
