@@ -10,6 +10,7 @@ COMMANDS = {
     "faults": "run every optimizer through every fault",
     "search": "tune one method on one task",
     "quadratic": "minimise a badly conditioned quadratic in float32 and float64",
+    "papers": "reproduce the experiments of the spectral paper",
     "model": "print operations, bytes and the least time of every operation",
     "report": "write RESULTS.md, its plots and the README's table",
     "aot": "compile every kernel ahead of time and check it",

@@ -214,7 +214,9 @@ PARAMETERS = [
     Fault("parameters", "twice", "a parameter in two groups", "error: ValueError", lambda build: fails(
         build, lambda r: r.optimizer.add_param_group({"params": [("again", r.parameters["query"])]}), "more than one")),
 ]  # fmt: skip
-UNCUT = "AdamW inside", "RFFullAdaGrad", "RFRMSprop", "RFAdaGrad"  # kinds of optimizers that have no use for parts of a weight
+# Kinds of optimizers that have no use for parts of a weight.
+FULL = [name for name in OPTIMIZERS if name.startswith("SpectralFull")]
+UNCUT = ["AdamW inside", "RFFullAdaGrad", "RFRMSprop", "RFAdaGrad", *FULL]
 OPTIONS = [
     refused("options", "lr=-1", "a learning rate under 0", "error: ValueError", "`lr`", lr=-1.0),
     refused("options", "lr=nan", "a learning rate that is not a number", "error: ValueError", "`lr`", lr=math.nan),

@@ -51,7 +51,7 @@ class SpectralNES:
         max_evaluations: stop before more of them. None: no limit.
         target: stop at this value. None: no target.
         scale_limits: smallest and largest standard deviation, in units of `mean`: `d` is kept within. None: 1e-12 times the
-            smallest and 1e12 times the largest of `scale`.
+            smallest and 1e12 times the largest of `scale`. A function with a cusp at its minimum may want smaller ones.
         max_preconditioner_dim: for more coordinates `S` stays diagonal (separable NES): the state is of size `n`, not `n²`.
         seed: of the samples, which are a function of it and the generation.
 

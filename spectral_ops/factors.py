@@ -155,8 +155,8 @@ class SpectralFactor(_Factor):
 
     `update` takes `S` towards `(1 − γβ₂) S + β₂ H`, up to first order in `β₂` (Lin et al., 2025, Claim 2) with
     `rotation="riemannian"`, the paper's update (`spectral_ops.riemannian`), for any symmetric `H` if `exact`. With
-    `rotation="tracking"` it is that average for `H ⪰ 0`, `S = B (Diag(d) + R) Bᵀ`, and `B` follows its eigenbasis in bounded
-    steps (`spectral_ops.gram_track`): to be preferred for averages of gradients.
+    `rotation="tracking"` it is that average for `H ⪰ 0`, `S = B (Diag(d) + R) Bᵀ`, to what the truncated map loses, and `B`
+    follows its eigenbasis in bounded steps (`spectral_ops.gram_track`): to be preferred for averages of gradients.
 
     Roots, powers and the log-determinant are read off `d`: no decomposition anywhere.
 
@@ -309,7 +309,8 @@ class KroneckerFactor(_Factor):
 
     It acts on `n × m` matrices: `S vec(G)` is `α S_C G S_K`. The factorization is unique (Lin et al., 2025, Claim 5).
     `rotation="riemannian"` is the paper's update (Fig. 1 and Fig. 6), `rotation="tracking"` that of
-    `spectral_ops.kron_track`, which `SpectralKron` has by default.
+    `spectral_ops.kron_track`, which `SpectralKron` has by default: its average is warm, so that the first gradient counts
+    as much as the start, and it starts at that gradient's scale, whatever `scale` is.
 
     Args:
         n, m: sizes of `S_C` and `S_K`.

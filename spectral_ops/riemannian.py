@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.cayley import cayley, cayley_update
-from spectral_ops.reference import block, column, frobenius, matched, raised, rounded
+from spectral_ops.reference import add_diagonal, block, column, frobenius, matched, raised, rounded
 from spectral_ops.skew import gram_skew, skew_generator
 from spectral_ops.spectrum import spectrum_update
 
@@ -97,9 +97,11 @@ class Turn(NamedTuple):
             step = torch.minimum(step, self.limit / w.norm.clamp(min=torch.finfo(w.norm.dtype).tiny))
         if self.order is None:
             wide, x = matched(raised(b), block(step) * w.skew)
-            # Corrected first, then turned: this map turns by more than 60°, and in one product that would feed the defect.
-            corrected = 1.5 * wide - 0.5 * wide @ (wide.mT @ wide)
-            return rounded(corrected @ cayley(x), b.dtype, self.seed)
+            # Corrected first, then turned: this map turns by more than 60°, and in one product that would feed the defect. What
+            # a solve with a huge `X` has left of a rotation may be a large one, which is corrected by steps.
+            defect = add_diagonal(wide.mT @ wide, -1)
+            part = 0.5 / frobenius(defect).clamp(min=1)
+            return rounded((wide - block(part) * (wide @ defect)) @ cayley(x), b.dtype, self.seed)
         if self.seed is None:
             return cayley_update(b, w.skew, step, order=self.order, correct=True)
         return cayley_update(b, w.skew, step, order=self.order, correct=True, rounding="stochastic", seed=self.seed)

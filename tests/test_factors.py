@@ -294,6 +294,21 @@ def test_equal_and_nearly_equal_eigenvalues(gap, rotation):
         assert (factor.eigenvalues > 0).all() and factor.matrix().isfinite().all()
 
 
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("start", ["equal", "spread"])
+def test_the_exact_map_stays_orthogonal_however_far_it_turns(dtype, bound, start):
+    """Where eigenvalues nearly meet it turns by up to 180°. A correction turned with it would feed the defect."""
+    n = 20
+    d = torch.ones(n) if start == "equal" else torch.linspace(0.5, 3, n)
+    factor, worst = SpectralFactor(n, eigenvalues=d, dtype=dtype), 0.0
+    for _ in range(300):
+        h = draw(n, n)
+        factor.update(h + h.T, beta2=0.02, gamma=0, exact=True, rotated=True)
+        worst = max(worst, (factor.basis.double().T @ factor.basis.double() - torch.eye(n, **F64)).norm().item())
+        factor.eigenvalues.clamp_(1e-2, 1e2)
+    assert worst < bound
+
+
 def test_twelve_decades():
     factor = SpectralFactor(N, eigenvalues=torch.logspace(-6, 6, N), **F64)
     for _ in range(20):
