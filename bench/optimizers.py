@@ -35,6 +35,9 @@ def _with(optimizer: type[MatrixOptimizer], **fixed: Any) -> Build:
     return lambda params, **options: optimizer(params, **(fixed | options))
 
 
+# One matrix for each parameter: those of one matrix for a group depend on each other, see tests/test_spectral_full.py. Some tests
+# have models with parameters of thousands of elements, whose cubes would take minutes.
+EACH: dict[str, Any] = {"joint": False, "max_preconditioner_dim": 256}
 RIEMANNIAN: dict[str, Any] = {"rotation": "riemannian", "betas": (0.9, 0.95)}
 OPTIMIZERS: dict[str, Build] = {
     "SpectralKron": _with(SpectralKron),
@@ -53,8 +56,7 @@ OPTIMIZERS: dict[str, Build] = {
     "RFAdaGrad": _with(RFAdaGrad),
     "KrADagradStar": _with(KrADagradStar),
     "KrADagrad": _with(KrADagrad),
-    # One matrix for each parameter: those of one matrix for a group depend on each other, see tests/test_spectral_full.py.
-    "SpectralFull": _with(SpectralFull, joint=False),
-    "SpectralFull paper": _with(SpectralFull, joint=False, rotation="riemannian", update_scale=None),
-    "SpectralFull diagonal": _with(SpectralFull, joint=False, diagonal=True, update_scale=None),
+    "SpectralFull": _with(SpectralFull, **EACH),
+    "SpectralFull paper": _with(SpectralFull, **EACH, rotation="riemannian", update_scale=None),
+    "SpectralFull diagonal": _with(SpectralFull, **EACH, diagonal=True, update_scale=None),
 }

@@ -74,7 +74,7 @@ class SpectralFull(MatrixOptimizer):
         update_scale: "rms": every update of a matrix has root mean square 0.2 before `lr`; "clip": at most 1; None: as it is.
         cayley_order: 2, 3, 4 or 8: truncated map with self-correction, see `spectral_ops.cayley_track`. None: 3 for
             "tracking", the exact map (a linear solve) for "riemannian".
-        max_preconditioner_dim: vectors of more elements keep a diagonal.
+        max_preconditioner_dim: vectors of more elements keep a diagonal; a step costs some ten `n³` operations.
         preconditioner_dtype: of `B` and `R`; None: the parameter's (float32 for float16). bfloat16 is rounded stochastically.
             Eigenvalues are float32 (float64 for float64 parameters) always.
         adamw_betas, adamw_eps: of AdamW inside.
@@ -112,7 +112,7 @@ class SpectralFull(MatrixOptimizer):
         weight_decay: float = 0.0,
         update_scale: str | None = "rms",
         cayley_order: int | None = None,
-        max_preconditioner_dim: int = 8192,
+        max_preconditioner_dim: int = 2048,
         preconditioner_dtype: torch.dtype | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,

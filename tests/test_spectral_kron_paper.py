@@ -248,3 +248,17 @@ def test_tracking_carries_the_exact_moving_average():
     assert s["residual_left"].norm() > 0.01 * t_.norm()  # the basis lags, the average does not
     want, got = want / want.trace(), got / got.trace()
     assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_a_limit_holds_for_the_exact_map_too():
+    """Both maps with the same limited step: the truncated one is the exact one to its eighth power."""
+    ends = {}
+    for order, limit in ((None, 0.1), (8, 0.1), (None, None)):
+        start, gradient = problem(6, 8)
+        w = start.clone().requires_grad_()
+        options = {"betas": (0, 0.9), "rotation": "riemannian", "update_scale": None, "lr": 0.01}
+        optimizer = SpectralKron([w], cayley_order=order, rotation_limit=limit, **options)
+        ends[order, limit] = train(optimizer, w, gradient, 10)
+    moved = (ends[None, 0.1] - start).norm()
+    assert (ends[None, 0.1] - ends[8, 0.1]).norm() < 1e-6 * moved
+    assert (ends[None, 0.1] - ends[None, None]).norm() > 1e-3 * moved
