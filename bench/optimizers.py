@@ -35,8 +35,8 @@ def _with(optimizer: type[MatrixOptimizer], **fixed: Any) -> Build:
     return lambda params, **options: optimizer(params, **(fixed | options))
 
 
-# One matrix for each parameter: those of one matrix for a group depend on each other, see tests/test_spectral_full.py. Some tests
-# have models with parameters of thousands of elements, whose cubes would take minutes.
+# One matrix for each parameter: those of one matrix for a group depend on each other, see tests/test_spectral_full.py. Some
+# tests have models with parameters of thousands of elements, whose cubes would take minutes.
 EACH: dict[str, Any] = {"joint": False, "max_preconditioner_dim": 256}
 RIEMANNIAN: dict[str, Any] = {"rotation": "riemannian", "betas": (0.9, 0.95)}
 OPTIMIZERS: dict[str, Build] = {
