@@ -54,7 +54,8 @@ class SpectralKron(MatrixOptimizer):
         lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
         betas: `(μ, 1 − β₂)`: decay of the momentum, decay of the curvature average. The tracking rotation wants a short
             average, the paper's a long one (0.95 and more).
-        root: `p`. 2 is Adam-like, 1 Newton-like, 4 Shampoo's outer root.
+        root: `p`. 2 is Adam-like, 1 Newton-like, 4 Shampoo's outer root. None: 1.7 where `update_scale` is "rms" or "graft",
+            which trained better than 2 on two small tasks; else 2, whose updates do not depend on the scale of the loss.
         rotation: "tracking" or "riemannian".
         carry_residual: keep the off-diagonal part of `T_l` ("tracking" only): one more matrix of state a side.
         update_interval: every matrix updates its factors once in so many steps, in each step another share of the matrices,
@@ -97,7 +98,7 @@ class SpectralKron(MatrixOptimizer):
         lr: float | Tensor = 1.5e-2,
         betas: tuple[float, float] = (0.9, 0.5),
         *,
-        root: float = 2.0,
+        root: float | None = None,
         rotation: str = "tracking",
         carry_residual: bool = True,
         update_interval: int = 1,
@@ -124,7 +125,8 @@ class SpectralKron(MatrixOptimizer):
     def check_options(self, group: Group) -> None:
         check.decays(group, "betas")
         check.number(group, "damping")
-        check.number(group, "root", positive=True)
+        if group["root"] is not None:
+            check.number(group, "root", positive=True)
         check.number(group, "rotation_epsilon", positive=True)
         check.whole(group, "max_preconditioner_dim")
         check.choice(group, "rotation", ROTATIONS)
@@ -185,7 +187,7 @@ class SpectralKron(MatrixOptimizer):
             s.get("basis_right"),
             s["eigenvalues_right"],
             s["scale"],
-            group["root"],
+            _root(group),
             return_squares=True,
         )
         if group["update_scale"] == "graft":
@@ -259,6 +261,10 @@ def _map(group: Group) -> tuple[int, float]:
     """Order of the truncated Cayley map and the limit of its generator."""
     order = group["cayley_order"] or DEFAULT_ORDER
     return order, group["rotation_limit"] or LIMITS[order]
+
+
+def _root(group: Group) -> float:
+    return float(group["root"] or (1.7 if group["update_scale"] in ("rms", "graft") else 2))
 
 
 def _carries(group: Group) -> bool:

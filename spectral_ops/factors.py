@@ -60,6 +60,8 @@ class _Factor:
             mine[name].copy_(value)
 
     def _orthogonal(self, basis: Tensor | None, name: str, n: int) -> Tensor:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{self.name}: a size must be an integer of at least 0, got {n!r}")
         if basis is None:
             return torch.eye(n, **self._matrix).expand(*self.batch, n, n).clone()
         shape = (*self.batch, n, n)

@@ -459,6 +459,9 @@ def test_flawed_starts():
     ):
         with pytest.raises(ValueError, match=words):
             spectral(**options)
+    for wrong in (-1, 2.0, "3"):
+        with pytest.raises(ValueError, match="a size must be an integer of at least 0, got "):
+            SpectralFactor(wrong)
     with pytest.raises(ValueError, match="`scale` must be positive and finite"):
         kronecker(scale=-1.0)
     for factor, v in ((spectral(), draw(N)), (kronecker(), draw(N, M))):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectral_ops import optim
 from spectral_ops.bench.faults import FAULTS
 from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.bench.tasks import Text
@@ -15,16 +16,41 @@ from spectral_ops.optim import param_groups
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
 def test_the_drop_in_example_runs():
     class Model(nn.Linear):
         def loss(self, batch):
             return self(batch).square().mean()
 
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    example, _ = examples()
     model, data = Model(4, 3), torch.randn(5, 8, 4)
     before = model.loss(data[0]).item()
     exec(example, {"model": model, "data": data})
     assert model.loss(data[0]).item() < before
+
+
+def test_the_curvature_example_runs():
+    _, example = examples()
+    gradients = torch.randn(200, 6) @ torch.randn(6, 6)
+    names = {"gradients": gradients}
+    exec(example, names)
+    target = gradients.T @ gradients / len(gradients)
+    assert (names["factor"].matrix() - target).norm() < 0.8 * target.norm()
+    assert names["step"] @ gradients[-1] > 0
+
+
+def test_the_one_line_examples_run():
+    section = README.partition("Three things in `spectral_ops.optim` are built on it:\n")[2].partition("\nClaims")[0]
+    full, nes, spd = (line.strip() for line in section.splitlines() if line.strip())
+    names = {name: getattr(optim, name) for name in optim.__all__} | {"torch": torch, "model": nn.Linear(3, 2)}
+    assert "joint: True" in repr(eval(full, names))
+    names["function"] = lambda w: (w - 1).square().sum(-1)
+    assert (eval(nes, names) - 1).norm() < 1e-3
+    names["q"] = torch.diag(torch.linspace(1, 3, 60, dtype=torch.float64))
+    assert (eval(spd, names) @ names["q"] - torch.eye(60)).norm() < 1e-6
 
 
 def test_the_routing_table_is_what_param_groups_prints():
