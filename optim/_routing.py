@@ -73,7 +73,7 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, lr: float = 1.5e-2, adamw_lr: float | None = None, weight_decay: float = 0.0, *, verbose: bool = False
+    model: nn.Module, lr: float = 2e-2, adamw_lr: float | None = None, weight_decay: float = 0.0, *, verbose: bool = False
 ) -> ParamGroups:
     """Split a model: hidden matrices to the matrix method; embeddings, heads, norms and biases to AdamW.
 

@@ -95,7 +95,7 @@ class SpectralKron(MatrixOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1.5e-2,
+        lr: float | Tensor = 2e-2,
         betas: tuple[float, float] = (0.9, 0.5),
         *,
         root: float | None = None,
