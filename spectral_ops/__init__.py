@@ -1,7 +1,7 @@
 """Kronecker and spectral preconditioning without eigendecomposition, QR or inverse.
 
 The ops are thin: checked arguments, any batch, CPU and CUDA. Each is also an op of `torch.ops.spectral_ops`. The
-optimizers built on them are in `spectral_ops.optim`.
+optimizers built on them are in `spectral_ops.optim`. `SpectralFactor` and `KroneckerFactor` are curvature as an object.
 """
 
 from spectral_ops.cayley import cayley, cayley_truncated, cayley_update
