@@ -117,6 +117,16 @@ def ridged(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return factor + (ridge if factor.ndim == 2 else torch.diag_embed(ridge.expand(diagonal.shape)))
 
 
+def adopt(usable: Tensor, state: dict[str, Tensor], new: dict[str, Tensor | None]) -> None:
+    """Write what is new over the state, for the usable matrices of which all of it is finite: the squares of a gradient may be
+    in range, and what is made of them not."""
+    made = {name: value for name, value in new.items() if value is not None}
+    for value in made.values():
+        usable = usable & value.isfinite().view(len(usable), -1).all(1)
+    for name, value in made.items():
+        keep(usable, state[name], value)
+
+
 def store(mask: Tensor, old: Tensor, new: Tensor, seed: Tensor | None = None) -> None:
     """Write a symmetric or diagonal factor over `old`, for the matrices in the mask."""
     if old.ndim == 2:

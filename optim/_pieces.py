@@ -84,15 +84,16 @@ class Joint(Piece):
     have one of zeros, and are not changed."""
 
     parameters: tuple[Tensor, ...]
+    gradient: Tensor | None
 
     @property
     def grad(self) -> Tensor:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.cat([g.reshape(-1) for g in grads])
+        assert self.gradient is not None  # as of a piece of one parameter
+        return self.gradient
 
     @property
     def has_grad(self) -> bool:
-        return any(p.grad is not None for p in self.parameters)
+        return self.gradient is not None
 
     @property
     def holder(self) -> Tensor:
@@ -148,8 +149,11 @@ def whole(p: Tensor, index: int, dims: tuple[int, ...]) -> Piece:
 def joint(parameters: list[Tensor], index: int) -> Joint:
     """Parameters as one vector; `index` is that of the first."""
     vector = torch.cat([p.detach().reshape(-1) for p in parameters])
+    gradient = None
+    if any(p.grad is not None for p in parameters):
+        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
     n = len(vector)
-    return Joint(vector, 0, n, (), n, 1, "", index, (n,), tuple(parameters))
+    return Joint(vector, 0, n, (), n, 1, "", index, (n,), tuple(parameters), gradient)
 
 
 def rows_of(p: Tensor) -> int:

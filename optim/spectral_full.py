@@ -15,9 +15,9 @@ from spectral_ops import riemannian
 from spectral_ops.cayley import LIMITS
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer, moves
-from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, seeds
+from spectral_ops.optim._factors import FACTOR_DTYPES, adopt, factor_dtype, first_seeds, seeds
 from spectral_ops.optim._pieces import Group, Piece, joint, whole
-from spectral_ops.reference import NEGLIGIBLE, accumulation_dtype, block, column, frobenius, keep, rotate
+from spectral_ops.reference import NEGLIGIBLE, accumulation_dtype, block, column, frobenius, rotate
 from spectral_ops.track import full_track
 
 ROTATIONS = ("tracking", "riemannian")
@@ -217,12 +217,7 @@ def _learn(group: Group, batch: Batch, usable: Tensor, mean_square: Tensor) -> N
         turn = riemannian.Turn(group["cayley_order"], LIMITS.get(group["cayley_order"]), seeds(s, 0))
         w = riemannian.of_factor(x, d, diagonal=b is None)
         b, d = riemannian.full_update(b, d, w, share, gamma, damping, group["exact"], turn)
-    new = {"eigenvalues": d, "basis": b, "residual": residual}
-    made = {name: value for name, value in new.items() if value is not None}
-    for value in made.values():  # the squares of a gradient may be in range, and what is made of them not
-        usable = usable & value.isfinite().flatten(1).all(1)
-    for name, value in made.items():
-        keep(usable, s[name], value)
+    adopt(usable, s, {"eigenvalues": d, "basis": b, "residual": residual})
 
 
 def _start(group: Group) -> float:

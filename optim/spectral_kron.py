@@ -14,7 +14,7 @@ from spectral_ops import riemannian
 from spectral_ops.cayley import LIMITS
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer
-from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, seeds
+from spectral_ops.optim._factors import FACTOR_DTYPES, adopt, factor_dtype, first_seeds, seeds
 from spectral_ops.optim._pieces import Group, Piece
 from spectral_ops.reference import RMS_EPSILON, accumulation_dtype, block, keep, raised, rotate
 
@@ -240,11 +240,7 @@ def _paper(group: Group, batch: Batch) -> None:
         turns=(left, right),
     )
     new = {"basis_left": b_c, "basis_right": b_k, "eigenvalues_left": d_c, "eigenvalues_right": d_k, "scale": alpha}
-    made = {name: value for name, value in new.items() if value is not None}
-    for value in made.values():  # the squares of a gradient may be in range, and what is made of them not
-        usable = usable & value.isfinite().view(len(usable), -1).all(1)
-    for name, value in made.items():
-        keep(usable, s[name], value)
+    adopt(usable, s, new)
 
 
 def _adam_rms(group: Group, batch: Batch) -> Tensor:

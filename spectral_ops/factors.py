@@ -108,14 +108,17 @@ class _Factor:
             raise ValueError(f"{op}: `{name}` has a NaN or an infinity")
         return raised(x.detach())
 
-    def _symmetric(self, h: Tensor, eps: float) -> None:
+    def _symmetric(self, value: Tensor, n: int) -> Tensor:
+        """`h` `(..., n, n)`, symmetric to what its own dtype can tell, made so in every bit."""
+        h = self._input(value, "h", (n, n))
         if self.validate and h.numel():
             size, difference = h.abs().amax(), (h - h.mT).abs().amax()
-            if difference > size * eps**0.5:
+            if difference > size * torch.finfo(value.dtype).eps ** 0.5:
                 raise ValueError(
                     f"{self.name}.update: `h` must be symmetric, but h − hᵀ has an entry of {difference:.2g}, "
                     f"where h has {size:.2g}"
                 )
+        return 0.5 * (h + h.mT)
 
     def _check_new(self, eigenvalues: Tensor, exact: bool) -> None:
         if self.validate and not (eigenvalues.isfinite() & (eigenvalues > 0)).all():
@@ -150,6 +153,22 @@ class _Factor:
 def _fits(shape: torch.Size, wanted: tuple[int | str, ...]) -> bool:
     """A name stands for any size."""
     return len(shape) == len(wanted) and all(isinstance(b, str) or a == b for a, b in zip(shape, wanted, strict=True))
+
+
+def _power(b: Tensor, d: Tensor, residual: Tensor | None, power: float) -> Tensor:
+    """`(B Diag(d) Bᵀ)^power`, with the residual where that is 1."""
+    b = raised(b)
+    scaled = b * d.pow(power).unsqueeze(-2)
+    if residual is not None and power == 1:
+        scaled = scaled + b @ raised(residual)
+    half = 0.5 * scaled @ b.mT
+    return half + half.mT
+
+
+def _kron(c: Tensor, k: Tensor) -> Tensor:
+    """Of each pair of matrices."""
+    size = c.shape[-1] * k.shape[-1]
+    return (c[..., :, None, :, None] * k[..., None, :, None, :]).reshape(*c.shape[:-2], size, size)
 
 
 class SpectralFactor(_Factor):
@@ -240,10 +259,7 @@ class SpectralFactor(_Factor):
             x = rotate(x.unsqueeze(-1) if x.ndim == len(self.batch) + 1 else x, basis, None).to(d.dtype)
         else:
             assert h is not None
-            eps = torch.finfo(h.dtype).eps if isinstance(h, Tensor) and h.is_floating_point() else 0.0
-            h = self._input(h, "h", (n, n))
-            self._symmetric(h, eps)
-            h = rotate(0.5 * (h + h.mT), basis, basis).to(d.dtype)
+            h = rotate(self._symmetric(h, n), basis, basis).to(d.dtype)
         new: dict[str, Tensor | None] = {}
         if self.rotation == "tracking":
             w = h if x is None else x @ x.mT
@@ -287,12 +303,7 @@ class SpectralFactor(_Factor):
     def matrix(self, power: float = 1.0) -> Tensor:
         """`S^power`, `(..., n, n)`, in the dtype of the eigenvalues, bitwise symmetric. With "tracking", `S` itself is the
         whole average; its other powers leave the residual out."""
-        b = raised(self.basis)
-        scaled = b * self.eigenvalues.pow(power).unsqueeze(-2)
-        if self.rotation == "tracking" and power == 1:
-            scaled = scaled + b @ raised(self.residual)
-        half = 0.5 * scaled @ b.mT
-        return half + half.mT
+        return _power(self.basis, self.eigenvalues, getattr(self, "residual", None), power)
 
     def inverse(self) -> Tensor:
         """`S⁻¹`, `matrix(-1)`."""
@@ -400,10 +411,8 @@ class KroneckerFactor(_Factor):
         if g is not None:
             w = riemannian.kron_curvature(rotate(self._input(g, "g", (n, m)), *bases).to(d[0].dtype), bases, d)
         else:
-            eps = torch.finfo(h.dtype).eps if isinstance(h, Tensor) and h.is_floating_point() else 0.0
-            wide = self._input(h, "h", (n * m, n * m)).to(d[0].dtype)
-            self._symmetric(wide, eps)
-            w = self._traces(0.5 * (wide + wide.mT))
+            assert h is not None
+            w = self._traces(self._symmetric(h, n * m).to(d[0].dtype))
         (b_c, b_k), (d_c, d_k), scale = riemannian.kron_update(
             bases, d, self.scale, w, share, gamma, damping, exact, (self._turn(0), self._turn(1))
         )
@@ -435,7 +444,7 @@ class KroneckerFactor(_Factor):
         """Both sides of any curvature: contracted with the other side's inverse, as `vec(g) vec(g)ᵀ` is to `G S_K⁻¹ Gᵀ`."""
         n, m = self.n, self.m
         b_c, b_k = raised(self.basis_c), raised(self.basis_k)
-        both = (b_c[..., :, None, :, None] * b_k[..., None, :, None, :]).reshape(*self.batch, n * m, n * m)
+        both = _kron(b_c, b_k)
         x = rotate(h, both, both).view(*self.batch, n, m, n, m)
         w_c = torch.einsum("...ijkj,...j->...ik", x, self.eigenvalues_k.reciprocal())
         w_k = torch.einsum("...ijil,...i->...jl", x, self.eigenvalues_c.reciprocal())
@@ -463,17 +472,9 @@ class KroneckerFactor(_Factor):
 
     def matrix(self, power: float = 1.0) -> Tensor:
         """`S^power`, `(..., n·m, n·m)`, in the dtype of the eigenvalues. With "tracking", `S` itself is of whole averages."""
-        sides = []
-        for side in "ck":
-            b, d = raised(getattr(self, f"basis_{side}")), getattr(self, f"eigenvalues_{side}")
-            scaled = b * d.pow(power).unsqueeze(-2)
-            if self.rotation == "tracking" and power == 1:
-                scaled = scaled + b @ raised(getattr(self, f"residual_{side}"))
-            half = 0.5 * scaled @ b.mT
-            sides.append(half + half.mT)
-        s_c, s_k = sides
-        product = s_c[..., :, None, :, None] * s_k[..., None, :, None, :]
-        return block(self.scale.pow(power)) * product.reshape(*self.batch, self.n * self.m, self.n * self.m)
+        s_c = _power(self.basis_c, self.eigenvalues_c, getattr(self, "residual_c", None), power)
+        s_k = _power(self.basis_k, self.eigenvalues_k, getattr(self, "residual_k", None), power)
+        return block(self.scale.pow(power)) * _kron(s_c, s_k)
 
     def inverse(self) -> Tensor:
         """`S⁻¹`, `matrix(-1)`."""
