@@ -273,9 +273,7 @@ class SpectralFactor(_Factor):
         else:
             curvature = riemannian.of_factor(x, d) if x is not None else riemannian.of_matrix(h, d)  # type: ignore[arg-type]
             turn = self._turn()
-            new["basis"], eigenvalues = riemannian.full_update(
-                self.basis, d, curvature, beta2, gamma, damping, exact, turn
-            )
+            new["basis"], eigenvalues = riemannian.full_update(self.basis, d, curvature, beta2, gamma, damping, exact, turn)
             self._check_new(eigenvalues, exact)
             new["eigenvalues"] = eigenvalues
         self._take(new)

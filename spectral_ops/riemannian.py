@@ -69,9 +69,7 @@ def kron_update(
 ) -> tuple[Bases, Pair, Tensor]:  # fmt: skip
     """The bottom box of Fig. 1, or the right one of Fig. 6: new bases, eigenvalues and scale."""
     k_c, k_k = d[1].shape[-1], d[0].shape[-1]
-    b_c, b_k = (
-        turn(b, side, beta2 / (2 * alpha * k)) for turn, b, side, k in zip(turns, bases, w, (k_c, k_k), strict=True)
-    )
+    b_c, b_k = (turn(b, side, beta2 / (2 * alpha * k)) for turn, b, side, k in zip(turns, bases, w, (k_c, k_k), strict=True))
     d_c, d_k, alpha = spectrum_update(
         *d, alpha, w[0].diagonal, w[1].diagonal, beta2, gamma=gamma, damping=damping, exact=exact
     )  # fmt: skip
