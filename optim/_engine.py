@@ -46,7 +46,8 @@ class Batch:
     """Matrices of one shape: `grad` is `(b, n, m)`, as the parameters have it; `state` holds stacks of leading size `b`.
 
     `dims` are the axes that have a factor: `(n, m)`, or more or fewer, whose product is `n · m`. `due` are the rows whose
-    factors are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices.
+    factors are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices, of
+    `pieces`.
     `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
     """
 
@@ -55,6 +56,7 @@ class Batch:
     due: slice | None
     dims: tuple[int, ...]
     parameters: list[Tensor]
+    pieces: list[Piece] = field(default_factory=list)
     finite: Tensor = field(default_factory=lambda: torch.empty(0))
     mean_square: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -253,7 +255,7 @@ class MatrixOptimizer(Optimizer):
             if self._is_matrix(group, i):
                 for piece in self._pieces(number, group, i):
                     if piece.has_grad:
-                        key = (number, layout, piece.dims, p.dtype, piece.grad.dtype, p.device)
+                        key = (number, layout, piece.dims, p.dtype, piece.grad_dtype, p.device)
                         classes.setdefault(key, []).append(piece)
             elif p.grad is not None:
                 elementwise.append(p)
@@ -276,8 +278,8 @@ class MatrixOptimizer(Optimizer):
 
     def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor, due: slice | None) -> None:
         state = self._stack(group, key, members)
-        views = [piece.matrices(piece.parameter) for piece in members]
-        batch = Batch(g, state, due, members[0].dims, views)
+        views = [piece.values() for piece in members]
+        batch = Batch(g, state, due, members[0].dims, views, members)
         u, squares, normalize = self.update(group, batch)
         ops.parameter_update(
             views, u, squares, batch.finite, state["step"], state["skipped"], group["lr"],
@@ -458,7 +460,13 @@ class MatrixOptimizer(Optimizer):
 
 def plain(group: Group) -> Group:
     """Options as any checkpoint can hold them: dtypes by name, which distributed checkpointing needs."""
-    return {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in group.items()}
+    return {name: _plain(x) for name, x in group.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and any(isinstance(x, torch.dtype) for x in value):
+        return tuple(map(_plain, value))
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _require_none(missing: list[str], shape: tuple[int, ...]) -> None:

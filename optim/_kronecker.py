@@ -6,26 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import spectral_ops as ops
 from spectral_ops.optim import _options as check
-from spectral_ops.optim._engine import Batch, MatrixOptimizer, moves
+from spectral_ops.optim._engine import Batch
 from spectral_ops.optim._factors import FACTOR_DTYPES, factor_dtype, first_seeds, multiplied
 from spectral_ops.optim._pieces import Group, Piece
-from spectral_ops.reference import NEGLIGIBLE, accumulation_dtype, block, frobenius, raised
+from spectral_ops.optim._preconditioned import PreconditionedOptimizer
+from spectral_ops.reference import accumulation_dtype, block, frobenius, raised
 
-UPDATE_SCALES = ("rms", "clip", None)
 LAYOUT_OPTIONS = ("update_scale", "max_preconditioner_dim", "preconditioner_dtype")
 
 
-class KroneckerOptimizer(MatrixOptimizer):
+class KroneckerOptimizer(PreconditionedOptimizer):
     """A subclass says what it keeps for an axis, learns from a gradient, and preconditions."""
 
     def check_options(self, group: Group) -> None:
-        check.decay(group, "momentum")
-        check.number(group, "damping")
-        check.whole(group, "max_preconditioner_dim")
-        check.choice(group, "update_scale", UPDATE_SCALES)
-        check.choice(group, "decoupled_weight_decay", (None, True, False))
+        super().check_options(group)
         check.choice(group, "preconditioner_dtype", (None, *FACTOR_DTYPES))
         check.batch_size(group)
         if "per_axis" in group:
@@ -42,10 +37,6 @@ class KroneckerOptimizer(MatrixOptimizer):
 
     def learn(self, group: Group, batch: Batch, usable: Tensor, weight: Tensor) -> None:
         """Advance the factors of the `usable` matrices, `(b,)`, by their gradients, whose products count `weight` times."""
-        raise NotImplementedError
-
-    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`S⁻¹ x`, or what the method has for it, for `x` `(b, n, m)`, and its sums of squares `(b, parts)`."""
         raise NotImplementedError
 
     # What they share --------------------------------------------------------------------------------------------------
@@ -69,49 +60,19 @@ class KroneckerOptimizer(MatrixOptimizer):
             state["seed"] = first_seeds(group, piece)
         return state
 
-    def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
-        s, scaled = batch.state, group["update_scale"] is not None
-        usable = batch.check(NEGLIGIBLE)
-        self._learn(group, batch, usable, scaled)
-        x, maximize = batch.grad, group["maximize"]
-        moved = batch.finite
-        if not scaled:  # the paper's order: first the preconditioner, then the momentum
-            x, _ = self.precondition(batch, batch.clean_grad())
-        if group["weight_decay"] and not self._decoupled(group):
-            x, maximize = _decayed(-x if maximize else x, batch.parameters, group["weight_decay"]), False
-            moved = moved & (usable | moves(group))  # a step of nothing is none
-        average = ops.momentum_update(
-            s["momentum_buffer"], x, moved, group["momentum"], nesterov=scaled, maximize=maximize
-        )  # fmt: skip
-        if scaled:
-            return *self.precondition(batch, average), group["update_scale"]
-        u = average / (1 - group["momentum"])  # the paper's momentum is a sum
-        return u, frobenius(u).square().unsqueeze(-1), "none"
-
-    def _learn(self, group: Group, batch: Batch, usable: Tensor, scaled: bool) -> None:
+    def advance(self, group: Group, batch: Batch, usable: Tensor) -> None:
         due, rows = batch.part(), batch.due or slice(None)
         usable, s, size = usable[rows], due.state, group["batch_size"]
         if not len(due.grad):
             return
         if isinstance(size, Tensor):
             size = size.to(s["scale"].dtype).reshape(())
-        if scaled:  # curvature is counted in units of the first gradient's, so that the identity is no strange start
+        if group["update_scale"] is not None:  # in units of the first gradient's, so that the identity is no strange start
             first = usable & (s["updates"] == 0)
             s["scale"].copy_(torch.where(first, batch.mean_square[rows] * size, s["scale"]))
         s["updates"] += usable
         due.grad = torch.where(block(usable), raised(due.grad), 0)
         self.learn(group, due, usable, size / s["scale"])
-
-    def decoupled_decay(self, group: Group) -> float:
-        return group["weight_decay"] if self._decoupled(group) else 0.0
-
-    def _decoupled(self, group: Group) -> bool:
-        chosen = group["decoupled_weight_decay"]
-        return group["update_scale"] is not None if chosen is None else chosen
-
-
-def _decayed(x: Tensor, parameters: list[Tensor], weight_decay: float) -> Tensor:
-    return torch.cat([p.to(x.dtype) for p in parameters]).mul_(weight_decay).add_(x)
 
 
 def axes(batch: Batch, name: str) -> list[Tensor]:

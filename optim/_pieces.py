@@ -50,6 +50,10 @@ class Piece:
         return self.parameter.grad is not None
 
     @property
+    def grad_dtype(self) -> torch.dtype:
+        return self.grad.dtype
+
+    @property
     def holder(self) -> Tensor:
         """The parameter whose state this piece's is."""
         return self.parameter
@@ -70,6 +74,10 @@ class Piece:
     def matrices(self, x: Tensor) -> Tensor:
         """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
         return self.rows(x).reshape(-1, self.n, self.m)
+
+    def values(self) -> Tensor:
+        """The parameter's matrices, `(count, n, m)`."""
+        return self.matrices(self.parameter)
 
     def store(self, values: Tensor) -> None:
         """Write matrices back, where they are a copy."""
@@ -107,6 +115,43 @@ class Joint(Piece):
         for p, part in zip(self.parameters, values.view(-1).split([p.numel() for p in self.parameters]), strict=True):
             if p.grad is not None:
                 p.copy_(part.view_as(p))
+
+
+@dataclass(frozen=True)
+class Columns(Piece):
+    """A layer's weight with its bias as the last column. The weight holds the state. What has no gradient has one of zeros, and
+    is not changed."""
+
+    bias: Tensor
+
+    @property
+    def grad(self) -> Tensor:
+        return _columns(*(torch.zeros_like(p) if p.grad is None else p.grad for p in (self.parameter, self.bias)))
+
+    @property
+    def has_grad(self) -> bool:
+        return any(p.grad is not None for p in (self.parameter, self.bias))
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return next(p.grad.dtype for p in (self.parameter, self.bias) if p.grad is not None)
+
+    @property
+    def followers(self) -> tuple[Tensor, ...]:
+        return (self.bias,)
+
+    def values(self) -> Tensor:
+        return _columns(self.parameter, self.bias).unsqueeze(0)
+
+    def store(self, values: Tensor) -> None:
+        parts = values.view(self.n, self.m).split([self.m - 1, 1], 1)
+        for p, part in zip((self.parameter, self.bias), parts, strict=True):
+            if p.grad is not None:
+                p.copy_(part.reshape(p.shape))
+
+
+def _columns(weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([weight.flatten(1), bias.unsqueeze(1)], 1)
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
@@ -156,6 +201,14 @@ def joint(parameters: list[Tensor], index: int) -> Joint:
     return Joint(vector, 0, n, (), n, 1, "", index, (n,), tuple(parameters), gradient)
 
 
+def layer(weight: Tensor, bias: Tensor | None, index: int) -> Piece:
+    """A layer's parameters as one matrix `(out, in)`; `index` is that of the weight."""
+    n, m = weight.shape[0], math.prod(weight.shape[1:])
+    if bias is None:
+        return Piece(weight, 0, n, (), n, m, "", index, (n, m))
+    return Columns(weight, 0, n, (), n, m + 1, "", index, (n, m + 1), bias)
+
+
 def rows_of(p: Tensor) -> int:
     return p.shape[0] if p.ndim else 1
 
@@ -164,7 +217,7 @@ def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece]
     """Each class with its gradients `(b, n, m)`. All gradients of one dtype and device are copied together, in one launch."""
     kinds: dict[Any, list[Any]] = {}
     for key, members in classes.items():
-        kinds.setdefault((members[0].grad.dtype, members[0].grad.device), []).append(key)
+        kinds.setdefault((members[0].grad_dtype, members[0].parameter.device), []).append(key)
     for keys in kinds.values():
         flat = torch.cat([piece.rows(piece.grad).reshape(-1) for key in keys for piece in classes[key]])
         sizes = [sum(piece.count * piece.n * piece.m for piece in classes[key]) for key in keys]

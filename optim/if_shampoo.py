@@ -147,7 +147,7 @@ class IFShampoo(KroneckerOptimizer):
             )  # fmt: skip
         balance(factors, [trace.sqrt() for trace in traces], usable)
 
-    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    def precondition(self, group: Group, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """`C Cᵀ x K Kᵀ`"""
         factors, alpha = axes(batch, "factor"), batch.state["scale"]
         if len(factors) == 2:

@@ -113,7 +113,7 @@ class KrADagradStar(KroneckerOptimizer):
             mine = usable & self.turn(batch, axis) & t.isfinite().flatten(1).all(1)
             self._keep(batch, axis, mine, t, basis)
 
-    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    def precondition(self, group: Group, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """`L^(1/4) x R^(1/4)`"""
         return multiply(batch, "root", x, -0.5)
 

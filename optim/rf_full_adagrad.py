@@ -118,6 +118,6 @@ class RFFullAdaGrad(KroneckerOptimizer):
         new = keep * s + gain * outer
         store(usable & new.isfinite().flatten(1).all(1), inverse, new)
 
-    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    def precondition(self, group: Group, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """`S⁻¹ x`"""
         return multiply(batch, "inverse", x, -1.0)

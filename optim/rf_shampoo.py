@@ -81,7 +81,7 @@ class RFShampoo(KroneckerOptimizer):
     def learn(self, group: Group, batch: Batch, usable: Tensor, weight: Tensor) -> None:
         learn(group, batch, usable, weight)
 
-    def precondition(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    def precondition(self, group: Group, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
         """`S_C⁻¹ x S_K⁻¹`"""
         return multiply(batch, "inverse", x, -1.0)
 
