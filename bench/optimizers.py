@@ -71,7 +71,7 @@ class _Carried(LayerOptimizer):
             p = p[1] if isinstance(p, tuple) else p
             if isinstance(p, Tensor) and p.ndim in LAYERS and id(p) not in held:
                 layer = LAYERS[p.ndim](*(1, 1) if p.ndim == 2 else (1, 1, 1), bias=False)
-                layer._parameters["weight"] = p  # type: ignore[assignment]
+                layer._parameters["weight"] = p
                 self.model.append(layer)  # type: ignore[operator]
         self._watch()
 

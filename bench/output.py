@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import spectral_ops
-from spectral_ops import kernels, optim
+from spectral_ops import kernels, optim, structures
 
 # What every row of a result carries beside its figures.
 PROVENANCE = ("hardware", "threads", "torch", "triton", "date", "code")
@@ -68,10 +68,10 @@ def describe(source: dict[str, str]) -> str:
 
 @cache
 def code() -> str:
-    """A digest of what the package computes: kernels and their tables, ops, optimizers. Comments, docstrings and layout do
-    not count, and neither does the version of Python: a result is older than the code only if what ran has changed."""
+    """A digest of what the package computes: kernels and their tables, ops, structures, optimizers. Comments, docstrings and
+    layout do not count, nor does the version of Python: a result is older than the code only if what ran has changed."""
     digest = hashlib.sha256()
-    for module in (spectral_ops, kernels, optim):
+    for module in (spectral_ops, structures, kernels, optim):
         folder = Path(module.__path__[0])
         for path in sorted(folder.glob("*.py")):
             digest.update("\n".join([path.name, *_meaning(ast.parse(path.read_text()))]).encode())

@@ -6,6 +6,7 @@ nothing and a checkpoint does not depend on how parameters were batched.
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, 
 from spectral_ops.optim._routing import elementwise_name
 from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
+from spectral_ops.workspace import serves
 
 ALGORITHMS = (None, "matrix", "adamw")
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
@@ -47,7 +49,7 @@ class Batch:
 
     `dims` are the axes that have a factor: `(n, m)`, or more or fewer, whose product is `n · m`. `due` are the rows whose
     factors are to be updated in this step, None: all. `parameters` are views `(count, n, m)`, together the `b` matrices, of
-    `pieces`.
+    `pieces`; where a matrix is of several parameters, there is such a list for the columns of each.
     `finite` marks, as `(b,)` bool, the gradients that are finite, and whose squares are: whoever updates the batch sets it.
     """
 
@@ -55,7 +57,7 @@ class Batch:
     state: dict[str, Tensor]
     due: slice | None
     dims: tuple[int, ...]
-    parameters: list[Tensor]
+    parameters: list[list[Tensor]]
     pieces: list[Piece] = field(default_factory=list)
     finite: Tensor = field(default_factory=lambda: torch.empty(0))
     mean_square: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -63,9 +65,10 @@ class Batch:
     def check(self, least: float = 0.0) -> Tensor:
         """Set `finite` and `mean_square`, and return which gradients are usable: not zero and of a mean square over `least`."""
         norm = torch.linalg.vector_norm(self.grad, dim=(-2, -1), dtype=accumulation_dtype(self.grad.dtype))
-        self.finite = norm.square() < math.inf
-        self.mean_square = norm.square() / self.grad[0].numel()
-        return self.finite & (norm > 0) & (self.mean_square >= least)
+        square = norm.square()
+        self.finite = square < math.inf
+        self.mean_square = square / self.grad[0].numel()
+        return self.finite & (norm > 0) if least == 0 else self.finite & (self.mean_square >= least)
 
     def clean_grad(self) -> Tensor:
         """The gradient in the accumulation dtype, zero where it is not finite."""
@@ -255,7 +258,8 @@ class MatrixOptimizer(Optimizer):
             if self._is_matrix(group, i):
                 for piece in self._pieces(number, group, i):
                     if piece.has_grad:
-                        key = (number, layout, piece.dims, p.dtype, piece.grad_dtype, p.device)
+                        alone = i if serves(p.detach()) else None  # a stack of such would not stay in the caches
+                        key = (number, layout, piece.dims, p.dtype, piece.grad_dtype, p.device, alone)
                         classes.setdefault(key, []).append(piece)
             elif p.grad is not None:
                 elementwise.append(p)
@@ -273,20 +277,30 @@ class MatrixOptimizer(Optimizer):
             group["step"] += 1
         if group["step"] <= WARM_STEPS:
             return None
+        return self._turns(number, group)
+
+    def _turns(self, number: int, group: Group) -> Schedule:
         matrices = (i for i, p in enumerate(group["params"]) if p.numel() and self._is_matrix(group, i))
         return Schedule((piece for i in matrices for piece in self._pieces(number, group, i)), group["update_interval"])
 
     def _step_batch(self, group: Group, key: Any, members: list[Piece], g: Tensor, due: slice | None) -> None:
         state = self._stack(group, key, members)
-        views = [piece.values() for piece in members]
-        batch = Batch(g, state, due, members[0].dims, views, members)
-        u, squares, normalize = self.update(group, batch)
-        ops.parameter_update(
-            views, u, squares, batch.finite, state["step"], state["skipped"], group["lr"],
-            weight_decay=self.decoupled_decay(group), normalize=normalize,
-        )  # fmt: skip
-        for piece, view in zip(members, views, strict=True):
-            piece.store(view)
+        parts = [piece.parts() for piece in members]
+        columns = [list(each) for each in zip(*parts, strict=True)]
+        batch = Batch(g, state, due, members[0].dims, columns, members)
+        self.write(group, batch, *self.update(group, batch))
+        for piece, mine in zip(members, parts, strict=True):
+            piece.store(mine)
+
+    def write(self, group: Group, batch: Batch, u: Tensor, squares: Tensor, normalize: str) -> None:
+        """Change the parameters of a batch, and count."""
+        step, skipped = batch.state["step"], batch.state["skipped"]
+        for part, mine in zip(batch.parameters, u.split([p[0].shape[-1] for p in batch.parameters], -1), strict=True):
+            ops.parameter_update(
+                part, mine, squares, batch.finite, step, skipped, group["lr"],
+                weight_decay=self.decoupled_decay(group), normalize=normalize,
+            )  # fmt: skip
+            step, skipped = torch.zeros_like(step), torch.zeros_like(skipped)  # which count once
 
     def _step_elementwise(self, work: list[tuple[Group, list[Tensor]]]) -> None:
         """What is no matrix, all groups of one learning rate together."""
@@ -348,7 +362,7 @@ class MatrixOptimizer(Optimizer):
         stacks, views = self._stacks.get(key, ({}, []))
         # By identity: a loaded, copied or replaced state does not hold the views that were handed out.
         if len(views) == len(members) and all(
-            all(self.state[piece.holder].get(name) is view for name, view in mine.items())
+            all(map(operator.is_, map(self.state[piece.holder].get, mine), mine.values()))
             for piece, mine in zip(members, views, strict=True)
         ):
             return stacks

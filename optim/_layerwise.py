@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._curvature import (
@@ -39,8 +40,7 @@ class LayerOptimizer(PreconditionedOptimizer):
     inputs, "c" that of the output gradients."""
 
     keeps_plain: ClassVar[bool | None] = None  # whether curvature is summed before the products with a factor; None: if cheaper
-    _turn: int  # a step, and the weights whose turn it is in it
-    _whose: set[Tensor]
+    _whose: dict[int, Any]  # of a group: a step, who is due in which, and the weights that are in that step
     _step_supports_amp_scaling = True  # so that GradScaler tells the scale, which curvature has too
 
     def __init__(self, model: nn.Module, params: Any, adamw_lr: float | Tensor, grad_scaler: Any, options: dict[str, Any]):
@@ -50,7 +50,8 @@ class LayerOptimizer(PreconditionedOptimizer):
                 f"DistributedDataParallel; got {type(model).__name__}"
             )
         check.learning_rate({"lr": adamw_lr})
-        self.model, self.grad_scaler, self._hooks = model, grad_scaler, []
+        self.model, self.grad_scaler = model, grad_scaler
+        self._hooks: list[RemovableHandle] = []
         self._watch()
         own = ("model", "adamw_lr", "grad_scaler")
         super().__init__(self._split(params, adamw_lr), {name: x for name, x in options.items() if name not in own})
@@ -97,22 +98,22 @@ class LayerOptimizer(PreconditionedOptimizer):
 
     def _refresh(self) -> None:
         """Which weights are a layer's, in which group, and whether their biases go with them."""
-        self._layers: dict[Tensor, tuple[Group, Tensor | None] | None] = {module.weight: None for module in self._modules}
+        known = [(module.weight, bias_of(module)) for module in self._modules]
+        self._layers: dict[Tensor, tuple[Group, Tensor | None] | None] = dict.fromkeys(weight for weight, _ in known)
         self._biases: set[Tensor] = set()
-        torn = {a.weight for a in self._modules for b in self._modules if a.weight is b.weight and a.bias is not b.bias}
+        owners: dict[Tensor, Tensor | None] = {}
+        torn = {weight for weight, bias in known if owners.setdefault(weight, bias) is not bias}  # shared, with other biases
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 continue
             members = set(group["params"])
-            for module in self._modules:
-                weight, bias = module.weight, bias_of(module)
+            for weight, bias in known:
                 if weight not in members or weight in torn:
                     continue
-                if bias is None or bias not in members or (bias.dtype, bias.device) != (weight.dtype, weight.device):
-                    bias = None
-                self._layers[weight] = group, bias
-                if bias is not None:
-                    self._biases.add(bias)
+                joined = bias is not None and bias in members and (bias.dtype, bias.device) == (weight.dtype, weight.device)
+                self._layers[weight] = group, bias if joined else None
+                if joined:
+                    self._biases.add(bias)  # type: ignore[arg-type]
 
     def _split(self, params: Any, adamw_lr: float | Tensor) -> Any:
         """Groups for the layers' weights and biases, and for the rest, but for those that name their `algorithm`."""
@@ -180,17 +181,19 @@ class LayerOptimizer(PreconditionedOptimizer):
         return found is not None and self._due(module.weight, found[0])
 
     def _due(self, weight: Tensor, group: Group) -> bool:
-        step = group["step"] + 1
+        step, number = group["step"] + 1, next(i for i, each in enumerate(self.param_groups) if each is group)
         if group["update_interval"] == 1 or step <= WARM_STEPS:
             return True
-        if self._turn != step:
-            self._turn, self._whose = step, set()
-            for number, each in enumerate(self.param_groups):
-                pieces = [piece for i, _ in enumerate(each["params"]) for piece in self._pieces(number, each, i)]
-                schedule = Schedule(pieces, each["update_interval"])
-                rows = [schedule.rows([piece], step) for piece in pieces]
-                self._whose.update(p.holder for p, turn in zip(pieces, rows, strict=True) if turn.start < turn.stop)
-        return weight in self._whose
+        if self._whose.get(number, (0,))[0] != step:
+            pieces = [piece for i, _ in enumerate(group["params"]) for piece in self._pieces(number, group, i)]
+            schedule = Schedule(pieces, group["update_interval"])
+            turns = [(piece.holder, schedule.rows([piece], step)) for piece in pieces]
+            self._whose[number] = step, schedule, {holder for holder, rows in turns if rows.start < rows.stop}
+        return weight in self._whose[number][2]
+
+    def _turns(self, number: int, group: Group) -> Schedule:
+        step, *known = self._whose.pop(number, (0,))
+        return known[0] if step == group["step"] else super()._turns(number, group)
 
     def see(self, module: Layer, x: Tensor, g: Tensor) -> None:
         """Take in what passes a layer: its input and its output's gradient."""
@@ -264,8 +267,7 @@ class LayerOptimizer(PreconditionedOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._moments: dict[Tensor, Moments] = {}
-        self._turn = -1
-        self._whose = set()
+        self._whose = {}
         self._unseen = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.reference import accumulation_dtype, block
+from spectral_ops.workspace import Workspace, serves
 
 Group = dict[str, Any]
 
@@ -75,15 +76,19 @@ class Piece:
         """The same as `(count, n, m)`: a view if `x` is contiguous, else a copy."""
         return self.rows(x).reshape(-1, self.n, self.m)
 
-    def values(self) -> Tensor:
-        """The parameter's matrices, `(count, n, m)`."""
-        return self.matrices(self.parameter)
+    def parts(self) -> list[Tensor]:
+        """The parameter's matrices, `(count, n, m)`; of several parameters, each one's columns of them."""
+        return [self.matrices(self.parameter)]
 
-    def store(self, values: Tensor) -> None:
-        """Write matrices back, where they are a copy."""
+    def copy_grad(self, target: Tensor) -> None:
+        """Write the gradient to `(count, n, m)`."""
+        target.copy_(self.matrices(self.grad))
+
+    def store(self, parts: list[Tensor]) -> None:
+        """Write them back, where they are a copy."""
         if not self.parameter.is_contiguous():
             rows = self.rows(self.parameter)
-            rows.copy_(values.view(rows.shape))
+            rows.copy_(parts[0].view(rows.shape))
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,8 @@ class Joint(Piece):
     def followers(self) -> tuple[Tensor, ...]:
         return self.parameters[1:]
 
-    def store(self, values: Tensor) -> None:
-        for p, part in zip(self.parameters, values.view(-1).split([p.numel() for p in self.parameters]), strict=True):
+    def store(self, parts: list[Tensor]) -> None:
+        for p, part in zip(self.parameters, parts[0].view(-1).split([p.numel() for p in self.parameters]), strict=True):
             if p.grad is not None:
                 p.copy_(part.view_as(p))
 
@@ -126,7 +131,16 @@ class Columns(Piece):
 
     @property
     def grad(self) -> Tensor:
-        return _columns(*(torch.zeros_like(p) if p.grad is None else p.grad for p in (self.parameter, self.bias)))
+        g = torch.empty(1, self.n, self.m, dtype=self.grad_dtype, device=self.parameter.device)
+        self.copy_grad(g)
+        return g[0]
+
+    def copy_grad(self, target: Tensor) -> None:
+        for columns, p in zip(target[0].split([self.m - 1, 1], 1), (self.parameter, self.bias), strict=True):
+            if p.grad is None:
+                columns.zero_()
+            else:
+                columns.copy_(p.grad.reshape(columns.shape))
 
     @property
     def has_grad(self) -> bool:
@@ -140,18 +154,13 @@ class Columns(Piece):
     def followers(self) -> tuple[Tensor, ...]:
         return (self.bias,)
 
-    def values(self) -> Tensor:
-        return _columns(self.parameter, self.bias).unsqueeze(0)
+    def parts(self) -> list[Tensor]:
+        both = self.parameter, self.bias
+        return [p.reshape(1, self.n, -1) if p.grad is not None else p.clone().view(1, self.n, -1) for p in both]
 
-    def store(self, values: Tensor) -> None:
-        parts = values.view(self.n, self.m).split([self.m - 1, 1], 1)
-        for p, part in zip((self.parameter, self.bias), parts, strict=True):
-            if p.grad is not None:
-                p.copy_(part.reshape(p.shape))
-
-
-def _columns(weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.cat([weight.flatten(1), bias.unsqueeze(1)], 1)
+    def store(self, parts: list[Tensor]) -> None:
+        if self.parameter.grad is not None and not self.parameter.is_contiguous():
+            self.parameter.copy_(parts[0].view(self.parameter.shape))
 
 
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
@@ -213,16 +222,35 @@ def rows_of(p: Tensor) -> int:
     return p.shape[0] if p.ndim else 1
 
 
+workspace = Workspace()
+
+
 def gathered(classes: dict[Any, list[Piece]]) -> Iterator[tuple[Any, list[Piece], Tensor]]:
-    """Each class with its gradients `(b, n, m)`. All gradients of one dtype and device are copied together, in one launch."""
+    """Each class with a copy of its gradients `(b, n, m)`, to be used before the next. Those of one dtype and device are copied
+    together, in one launch."""
     kinds: dict[Any, list[Any]] = {}
     for key, members in classes.items():
-        kinds.setdefault((members[0].grad_dtype, members[0].parameter.device), []).append(key)
+        if isinstance(members[0], Columns) or serves(members[0].parameter.detach()):
+            yield key, members, _copied(members)
+        else:
+            kinds.setdefault((members[0].grad_dtype, members[0].parameter.device), []).append(key)
     for keys in kinds.values():
         flat = torch.cat([piece.rows(piece.grad).reshape(-1) for key in keys for piece in classes[key]])
         sizes = [sum(piece.count * piece.n * piece.m for piece in classes[key]) for key in keys]
         for key, g in zip(keys, flat.split(sizes), strict=True):
             yield key, classes[key], g.view(-1, classes[key][0].n, classes[key][0].m)
+
+
+def _copied(members: list[Piece]) -> Tensor:
+    """The gradients of a class, one after the other."""
+    first, shape = members[0], (sum(piece.count for piece in members), members[0].n, members[0].m)
+    if serves(first.parameter.detach()):
+        (g,) = workspace.tensors(1, shape, first.grad_dtype)
+    else:
+        g = torch.empty(shape, dtype=first.grad_dtype, device=first.parameter.device)
+    for piece, part in zip(members, g.split([piece.count for piece in members]), strict=True):
+        piece.copy_grad(part)
+    return g
 
 
 def shares(classes: dict[Any, list[Piece]]) -> dict[int, Tensor]:

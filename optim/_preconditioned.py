@@ -7,7 +7,8 @@ import spectral_ops as ops
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer, moves
 from spectral_ops.optim._pieces import Group
-from spectral_ops.reference import NEGLIGIBLE, frobenius
+from spectral_ops.reference import NEGLIGIBLE, raised
+from spectral_ops.update import momentum_sum
 
 UPDATE_SCALES = ("rms", "clip", None)
 
@@ -41,17 +42,17 @@ class PreconditionedOptimizer(MatrixOptimizer):
         x, maximize = batch.grad, group["maximize"]
         moved = batch.finite
         if not scaled:  # the paper's order: first the preconditioner, then the momentum
-            x, _ = self.precondition(group, batch, batch.clean_grad())
+            x, _ = self.precondition(group, batch, raised(batch.grad))
         if group["weight_decay"] and not self._decoupled(group):
             x, maximize = _decayed(-x if maximize else x, batch.parameters, group["weight_decay"]), False
             moved = moved & (usable | moves(group))  # a step of nothing is none
+        if not scaled:
+            momentum_sum(s["momentum_buffer"], x, moved, group["momentum"], maximize=maximize)
+            return raised(s["momentum_buffer"]), batch.mean_square.unsqueeze(-1), "none"
         average = ops.momentum_update(
-            s["momentum_buffer"], x, moved, group["momentum"], nesterov=scaled, maximize=maximize
+            s["momentum_buffer"], x, moved, group["momentum"], nesterov=True, maximize=maximize
         )  # fmt: skip
-        if scaled:
-            return *self.precondition(group, batch, average), group["update_scale"]
-        u = average / (1 - group["momentum"])  # the paper's momentum is a sum
-        return u, frobenius(u).square().unsqueeze(-1), "none"
+        return *self.precondition(group, batch, average), group["update_scale"]
 
     def decoupled_decay(self, group: Group) -> float:
         return group["weight_decay"] if self._decoupled(group) else 0.0
@@ -61,5 +62,6 @@ class PreconditionedOptimizer(MatrixOptimizer):
         return group["update_scale"] is not None if chosen is None else chosen
 
 
-def _decayed(x: Tensor, parameters: list[Tensor], weight_decay: float) -> Tensor:
-    return torch.cat([p.to(x.dtype) for p in parameters]).mul_(weight_decay).add_(x)
+def _decayed(x: Tensor, parameters: list[list[Tensor]], weight_decay: float) -> Tensor:
+    columns = [torch.cat(part).to(x.dtype) for part in parameters]
+    return x.add(columns[0] if len(columns) == 1 else torch.cat(columns, -1), alpha=weight_decay)

@@ -19,6 +19,28 @@ from spectral_ops.structures import Structure, Symmetric, structure
 
 
 class KFAC(LayerOptimizer):
+    """KFAC with averaged factors: what IKFAC and SINGD approximate without an inverse.
+
+        S_K ← (1 − β₁) S_K + β₁ U,   S_C ← (1 − β₁) S_C + β₁ G,   both from I
+        m ← α₂ m + (S_C + λ I)⁻¹ Ĝ (S_K + λ I)⁻¹ + γ θ,   θ ← θ − lr · m
+
+    Inverses are made by Cholesky decomposition in float32 (float64), each time the factors change, and are kept. Where one does
+    not exist, since rounding has made a factor indefinite, that layer keeps its old factors.
+
+    Args:
+        model, params, lr, momentum, damping, weight_decay, update_interval, loss_average, kfac_approx: as of SINGD.
+        preconditioner_lr: `β₁`, in (0, 1).
+        structures: of `S_K` and `S_C`: "dense", "diagonal" or "blockdiagonal{k}".
+        adamw_lr, update_scale, decoupled_weight_decay, max_preconditioner_dim: as of SINGD.
+        preconditioner_dtype: of factors and inverses. bfloat16 is rounded to nearest.
+        grad_scaler, adamw_betas, adamw_eps, seed, maximize, capturable, unknown: as of SINGD.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as SINGD.
+
+    Martens & Grosse, 2015; Fig. 3, left, of Lin et al., 2024, "Structured Inverse-Free Natural Gradient Descent".
+    """
+
     keeps_plain: ClassVar[bool | None] = True
 
     def __init__(

@@ -16,7 +16,7 @@ from spectral_ops.rounding import stochastic_round
 from spectral_ops.skew import gram_skew, skew_generator
 from spectral_ops.spectrum import spectrum_update
 from spectral_ops.track import cayley_track, gram_track
-from spectral_ops.update import momentum_update, parameter_update
+from spectral_ops.update import momentum_sum, momentum_update, parameter_update
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "gram_track",
     "inverse_free_update",
     "kron_track",
+    "momentum_sum",
     "momentum_update",
     "parameter_update",
     "skew_generator",

@@ -5,13 +5,13 @@ and results go to buffers that stay: the page faults of new ones cost a tenth of
 """
 
 import math
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from spectral_ops import reference
+from spectral_ops.workspace import Workspace
 
 SMALLEST = 256  # smaller matrices are faster as a batch of whole products
 BLOCK = 192  # smaller products are slower by more than what they save; elementwise, four of these fit a cache
@@ -20,18 +20,6 @@ ORDERS = (2, 3)
 
 def serves(b: Tensor, order: int) -> bool:
     return b.device.type == "cpu" and b.shape[-1] >= SMALLEST and order in ORDERS
-
-
-class Workspace(threading.local):
-    """Memory that a thread keeps between calls: three matrices of the largest size there was."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, device="cpu")
-
-    def matrices(self, n: int, dtype: torch.dtype) -> list[Tensor]:
-        if self.memory.dtype != dtype or len(self.memory) < 3 * n * n:
-            self.memory = torch.empty(3 * n * n, dtype=dtype, device="cpu")
-        return list(self.memory[: 3 * n * n].view(3, n, n))
 
 
 workspace = Workspace()
@@ -46,7 +34,7 @@ def tracked(
         return reference.tracked(x, d, b, r, weight, share, damping, usable, seeds, epsilon, limit, order)
     n = b.shape[-1]
     dtype = torch.promote_types(x.dtype, reference.accumulation_dtype(b.dtype))
-    space = workspace.matrices(n, dtype)
+    space = workspace.tensors(3, (n, n), dtype)
     new, shrink, log_mean = reference.tracked_diagonal(x, d, weight, share, damping)
     floor = reference.RELATIVE_FLOOR * new.amax(-1, keepdim=True)
     weight = weight * (share * shrink).unsqueeze(-1)

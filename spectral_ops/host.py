@@ -36,17 +36,29 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
     return g.lerp(buffer, decay) if nesterov else buffer.clone()
 
 
+def momentum_sum(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, maximize: bool) -> None:
+    if not wide(buffer, x) or not finite.all():
+        return reference.momentum_sum(buffer, x, finite, decay, maximize)
+    buffer.mul_(decay).add_(x, alpha=-1 if maximize else 1)
+    return None
+
+
 def parameter_update(
     params: list[Tensor], u: Tensor, squares: Tensor, finite: Tensor, step: Tensor, skipped: Tensor, lr: Tensor,
     weight_decay: float, normalize: str, target: float,
 ) -> None:  # fmt: skip
-    if not params or not plain(*params, u) or not finite.all():
+    if not params or not plain(*params) or not wide(*params, u) or not finite.all():
         return reference.parameter_update(
             params, u, squares, finite, step, skipped, lr, weight_decay, normalize, target
         )  # fmt: skip
+    sizes, rate = [len(p) for p in params], lr.item()
+    if normalize == "none" and not weight_decay and rate:
+        step += 1
+        torch._foreach_add_(params, u.split(sizes), alpha=-rate)
+        return None
     factor, moves = reference.update_factor(u, squares, lr, normalize, target)
     step += moves
-    sizes, lr = [len(p) for p in params], lr.to(u.dtype)
+    lr = lr.to(u.dtype)
     for p, mine, rate in zip(params, u.split(sizes), (factor.to(u.dtype) * -lr).split(sizes), strict=True):
         if weight_decay:
             p.sub_(lr * weight_decay * p)
@@ -124,7 +136,7 @@ def inverse_free_update(
         add_diagonal(m, -gain * gamma)
         k.baddbmm_(k * block(step / frobenius(m).clamp(min=1)), m, alpha=-1)
         return None
-    space, blocks = workspace.matrices(k.shape[-1], k.dtype)[0], list(lower_blocks(k.shape[-1]))
+    space, blocks = workspace.tensors(3, k.shape[1:], k.dtype)[0], list(lower_blocks(k.shape[-1]))
     for i, (s, damp) in enumerate(zip((gain * share).tolist(), (gain * damping).tolist(), strict=True)):
         for part in blocks:
             rows, columns = part

@@ -429,6 +429,10 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
     return torch.where(block(finite), direction, 0).contiguous()
 
 
+def momentum_sum(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, maximize: bool) -> None:
+    keep(finite, buffer, decay * raised(buffer) + (-x if maximize else x))
+
+
 RMS_EPSILON = 1e-8  # guards a division by an update's norm; a preconditioned update is of order 1
 
 

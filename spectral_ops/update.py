@@ -25,6 +25,17 @@ def _momentum_kernel(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, ne
     return update.momentum(buffer, g.contiguous(), finite.contiguous(), decay, nesterov, maximize)
 
 
+def _sum_fake(*_: object) -> None:
+    return None
+
+
+def _sum_kernel(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, maximize: bool) -> None:
+    # A mean of `x / (1 - decay)` is the sum.
+    if _momentum_kernel(buffer, reference.raised(x) / (1 - decay), finite, decay, False, maximize) is NotImplemented:
+        return NotImplemented
+    return None
+
+
 def _parameter_fake(params: list[Tensor], *_: object) -> None:
     return None
 
@@ -58,6 +69,12 @@ _momentum_update = define(
     host.momentum_update,
     _momentum_fake,
     _momentum_kernel,
+)
+_momentum_sum = define(
+    "momentum_sum(Tensor(a!) buffer, Tensor x, Tensor finite, float decay, bool maximize) -> ()",
+    host.momentum_sum,
+    _sum_fake,
+    _sum_kernel,
 )
 _parameter_update = define(
     "parameter_update(Tensor(a!)[] params, Tensor u, Tensor squares, Tensor finite, Tensor(b!) step, Tensor(c!) skipped,"
@@ -94,6 +111,26 @@ def momentum_update(
     check.mask(finite, "finite", op, buffer)
     direction: Tensor = _momentum_update(buffer, g, finite, float(decay), nesterov, maximize)
     return direction
+
+
+def momentum_sum(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, *, maximize: bool = False) -> None:
+    """`buffer ← decay · buffer + x`, the momentum of torch.optim.SGD. A matrix that is not `finite` keeps its buffer.
+
+    Args:
+        buffer: `(b, n, m)`, changed.
+        x: `(b, n, m)`, preconditioned gradients.
+        finite: `(b,)` bool.
+        decay: of the momentum, in [0, 1).
+        maximize: take `x` with the other sign.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.
+    """
+    op = "momentum_sum"
+    buffer = check.stack(buffer, "buffer", op)
+    check.shaped(x, "x", op, tuple(buffer.shape), buffer)
+    check.mask(finite, "finite", op, buffer)
+    _momentum_sum(buffer, x, finite, float(decay), maximize)
 
 
 def parameter_update(

@@ -111,12 +111,12 @@ def test_each_thread_has_a_workspace_of_its_own() -> None:
     """Two optimizers that step at the same time must not share one."""
     import threading
 
-    mine = blocked.workspace.matrices(4, torch.float32)
+    mine = blocked.workspace.tensors(3, (4, 4), torch.float32)
     assert [x.shape for x in mine] == [(4, 4)] * 3
-    assert blocked.workspace.matrices(3, torch.float32)[0].data_ptr() == mine[0].data_ptr()
+    assert blocked.workspace.tensors(3, (3, 3), torch.float32)[0].data_ptr() == mine[0].data_ptr()
     others = []
-    thread = threading.Thread(target=lambda: others.extend(blocked.workspace.matrices(4, torch.float32)))
+    thread = threading.Thread(target=lambda: others.extend(blocked.workspace.tensors(3, (4, 4), torch.float32)))
     thread.start()
     thread.join()
     assert others[0].data_ptr() != mine[0].data_ptr()
-    assert blocked.workspace.matrices(4, torch.float64)[2].dtype == torch.float64
+    assert blocked.workspace.tensors(3, (4, 4), torch.float64)[2].dtype == torch.float64

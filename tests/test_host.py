@@ -55,6 +55,8 @@ def test_momentum(dtype, nesterov, maximize, monkeypatch):
     g[1, 0, 0] = math.nan
     found = agree("momentum_update", [buffer, g, flags(True, False), 0.9, nesterov, maximize], monkeypatch, plain=False)
     assert all(x.isfinite().all() for x in (found[0], found[1]))
+    agree("momentum_sum", [buffer, g, flags(True, False), 0.9, maximize], monkeypatch, plain=False)
+    agree("momentum_sum", [buffer, g.nan_to_num(), flags(True, True), 0.9, maximize], monkeypatch)
     agree("momentum_update", [buffer.bfloat16(), g.nan_to_num(), flags(True, True), 0.9, True, False], monkeypatch, plain=False)
 
 

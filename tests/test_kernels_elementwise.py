@@ -657,6 +657,7 @@ def op_cases(dtype: torch.dtype = torch.float32):
         "spectrum_update": ((*vector, 0.1), {"damping": 0.2}),
         "factor_update": ((k.mT, momentum, 0.3), {"rounding": "stochastic", "seed": 5}),
         "momentum_update": ((x[0], x[1].mT.contiguous().mT, flags, 0.9), {"maximize": True}),
+        "momentum_sum": ((x[0], x[1].mT.contiguous().mT, flags, 0.9), {"maximize": True}),
         "parameter_update": (([x[0, :2], x[1, :1]], u, u.square().sum(-1), flags, *counts, lr), {"weight_decay": 0.1}),
         "diagonal_update": ((*four, *lists, lr), {"rule": "adamw", **options}),
     }
@@ -707,7 +708,7 @@ def test_ops_without_their_kernels(name, kernels_on_cpu):
     with recording() as launches:
         if name != "stochastic_round":
             getattr(ops, name)(*(change(x, Tensor.double) for x in args), **kwargs)
-        if name in ("momentum_update", "parameter_update", "diagonal_update"):
+        if name in ("momentum_sum", "momentum_update", "parameter_update", "diagonal_update"):
             getattr(ops, name)(*(change(x, lambda t: torch.stack([t, t], -1)[..., 0]) for x in args), **kwargs)
     assert not launches
 
@@ -721,7 +722,7 @@ def test_autograd_hears_of_changed_parameters(name, kernels_on_cpu):
     assert p._version > before
 
 
-@pytest.mark.parametrize("name", ["momentum_update", "parameter_update", "diagonal_update"])
+@pytest.mark.parametrize("name", ["momentum_sum", "momentum_update", "parameter_update", "diagonal_update"])
 def test_opcheck(name, monkeypatch):
     module = __import__(getattr(ops, name).__module__, fromlist=["x"])
     calls, op = [], getattr(module, f"_{name}")
@@ -734,7 +735,7 @@ def test_opcheck(name, monkeypatch):
     assert op is getattr(torch.ops.spectral_ops, name).default
 
 
-@pytest.mark.parametrize("name", ["momentum_update", "parameter_update", "diagonal_update"])
+@pytest.mark.parametrize("name", ["momentum_sum", "momentum_update", "parameter_update", "diagonal_update"])
 def test_compiles_without_a_graph_break(name):
     args, kwargs = op_cases()[name]
     args, expected = [copied(x) for x in args], [copied(x) for x in args]

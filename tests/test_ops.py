@@ -15,7 +15,7 @@ SHAPES = ((1, 1), (1, 5), (5, 1), (7, 13), (16, 8), (33, 33))
 BATCHES = ((), (3,), (2, 1, 3))
 CASES = list(itertools.product(SHAPES, BATCHES))
 # The others have tests of their own.
-IN_PLACE = ("diagonal_update", "inverse_free_update", "kron_track", "momentum_update", "parameter_update")
+IN_PLACE = ("diagonal_update", "inverse_free_update", "kron_track", "momentum_sum", "momentum_update", "parameter_update")
 FUNCTIONAL = [name for name in ops.__all__ if name not in IN_PLACE and not isinstance(getattr(ops, name), type)]
 
 

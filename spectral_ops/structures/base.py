@@ -57,6 +57,10 @@ class Structure(ABC):
     def apply(self, a: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
         """`A x`, or `Aᵀ x`: a new tensor."""
 
+    def outer(self, a: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`A Aᵀ x`; `out` is memory of the size of `x` that may be used for it."""
+        return self.apply(a, self.apply(a, x, transpose=True))
+
     @abstractmethod
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """`A B`."""

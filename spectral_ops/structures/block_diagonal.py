@@ -47,6 +47,16 @@ class BlockDiagonal(Symmetric):
         parts = [((blocks.mT if transpose else blocks) @ rows).flatten(-3, -2) for blocks, rows in pairs]
         return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
+    def outer(self, a: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        square = self._map(lambda blocks: blocks @ blocks.mT, self._blocks(a))
+        if out is None or x.shape[:-2].numel() != 1:
+            return self.apply(square, x)
+        out = out.as_strided(x.shape, x.stride())  # so that nothing is copied or put together
+        operands = self._blocks(square.view(-1)), self._rows(x.view(x.shape[-2:])), self._rows(out.view(x.shape[-2:]))
+        for blocks, rows, target in zip(*operands, strict=True):
+            torch.bmm(blocks, rows, out=target)
+        return out
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return self._map(torch.matmul, self._blocks(a), self._blocks(b))
 

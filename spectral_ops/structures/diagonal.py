@@ -42,6 +42,9 @@ class Diagonal(Symmetric):
     def apply(self, a: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
         return a.unsqueeze(-1) * x
 
+    def outer(self, a: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return a.square().unsqueeze(-1) * x
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
 
