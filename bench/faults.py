@@ -216,7 +216,8 @@ PARAMETERS = [
 ]  # fmt: skip
 # Kinds of optimizers that have no use for parts of a weight.
 FULL = [name for name in OPTIMIZERS if name.startswith("SpectralFull")]
-UNCUT = ["AdamW inside", "RFFullAdaGrad", "RFRMSprop", "RFAdaGrad", *FULL]
+LAYERS = [name for name in OPTIMIZERS if name.partition(" ")[0] in ("INGD", "IKFAC", "KFAC", "SINGD")]
+UNCUT = ["AdamW inside", "RFFullAdaGrad", "RFRMSprop", "RFAdaGrad", *FULL, *LAYERS]
 OPTIONS = [
     refused("options", "lr=-1", "a learning rate under 0", "error: ValueError", "`lr`", lr=-1.0),
     refused("options", "lr=nan", "a learning rate that is not a number", "error: ValueError", "`lr`", lr=math.nan),

@@ -155,7 +155,7 @@ class Keep(torch.autograd.Function):
 
 
 class ForwardHook:
-    """Calls `optimizer.see(module, inputs, grad_outputs)` once the gradient of a layer's output is known.
+    """Calls `optimizer.see(module, inputs, grad_outputs, backward pass)` once the gradient of a layer's output is known.
 
     Copies and pickles of a model carry hooks that do nothing: they are not the model that is trained.
     """
@@ -165,19 +165,27 @@ class ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         reference = self.optimizer
-        optimizer = reference() if reference is not None else None
-        if optimizer is None or not torch.is_grad_enabled() or not output.requires_grad or not optimizer.watches(module):
+        if reference is None or (optimizer := reference()) is None:
+            return
+        if not torch.is_grad_enabled() or not output.requires_grad or not optimizer.watches(module):
             return
         x = args[0] if args else kwargs["input"]
         kept = Keep.apply(torch.empty(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
+        outer = torch._C._current_graph_task_id()  # of the backward pass in which a reentrant checkpoint makes this one; or -1
 
-        # On the output, not on the module: an activation may change that in place.
-        def see(g: Tensor, reference: Any = reference) -> None:
+        def see(g: Tensor) -> None:
             if (optimizer := reference()) is not None:
+                task = torch._C._current_graph_task_id() if outer == -1 else outer
                 with torch.no_grad():
-                    optimizer.see(module, kept.grad_fn.saved_tensors[0], g)
+                    optimizer.see(module, kept.grad_fn.saved_tensors[0], g, task)
 
-        output.register_hook(see)
+        # On the output, not on the module: an activation may change that in place. Where the output is a view, such a change
+        # goes past it, to what it is a view of.
+        base, shape = output._base, output.shape
+        if base is None or base.grad_fn is None or base.numel() != output.numel():
+            output.register_hook(see)
+        else:
+            base.grad_fn.register_prehook(lambda grads: see(grads[0].reshape(shape)) if grads[0] is not None else None)
 
     def __reduce__(self) -> Any:
         return ForwardHook, ()

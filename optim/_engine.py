@@ -259,7 +259,7 @@ class MatrixOptimizer(Optimizer):
                 for piece in self._pieces(number, group, i):
                     if piece.has_grad:
                         alone = i if serves(p.detach()) else None  # a stack of such would not stay in the caches
-                        key = (number, layout, piece.dims, p.dtype, piece.grad_dtype, p.device, alone)
+                        key = (number, layout, piece.dims, p.dtype, piece.grad_dtype, p.device, type(piece), alone)
                         classes.setdefault(key, []).append(piece)
             elif p.grad is not None:
                 elementwise.append(p)

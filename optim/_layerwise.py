@@ -49,6 +49,12 @@ class LayerOptimizer(PreconditionedOptimizer):
                 f"{type(self).__name__} takes an nn.Module as `model`, whose layers it watches, or one in "
                 f"DistributedDataParallel; got {type(model).__name__}"
             )
+        if dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(model, DistributedDataParallel):
+            warnings.warn(
+                f"{type(self).__name__}: each rank learns from its own curvature, unless `model` is one in "
+                "DistributedDataParallel",
+                stacklevel=3,
+            )
         check.learning_rate({"lr": adamw_lr})
         self.model, self.grad_scaler = model, grad_scaler
         self._hooks: list[RemovableHandle] = []
@@ -195,18 +201,18 @@ class LayerOptimizer(PreconditionedOptimizer):
         step, *known = self._whose.pop(number, (0,))
         return known[0] if step == group["step"] else super()._turns(number, group)
 
-    def see(self, module: Layer, x: Tensor, g: Tensor) -> None:
-        """Take in what passes a layer: its input and its output's gradient."""
+    def see(self, module: Layer, x: Tensor, g: Tensor, task: int) -> None:
+        """Take in what passes a layer: its input and its output's gradient. `task` names the backward pass, which is a
+        mini-batch's; there may be several."""
         weight = module.weight
         found = self._layers.get(weight)
-        if found is None:
+        if found is None or not x.numel():
             return
         group, bias = found
         a = inputs_of(module, x, group["kfac_approx"], bias is not None)
         b = grad_outputs_of(module, g, group["kfac_approx"])
         if self.grad_scaler is not None:
             b = raised(b) / self.grad_scaler.scale(torch.ones((), device=b.device))
-        task = torch._C._current_graph_task_id()  # of the backward pass: a mini-batch's, of which there may be several
         self._add(weight, a, b, task, terms_of(module, g, group["loss_average"]))
 
     def observe(self, weight: Tensor, inputs: Tensor, grad_outputs: Tensor) -> None:
@@ -275,8 +281,9 @@ class LayerOptimizer(PreconditionedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hooks = []
-        self._watch()
+        if "model" in state:  # which it is not where torch loads a state
+            self._hooks = []
+            self._watch()
         self._refresh()
 
     # The step ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from spectral_ops.bench.faults import FAULTS
 from spectral_ops.bench.optimizers import OPTIMIZERS
 from spectral_ops.bench.tasks import Text
 from spectral_ops.optim import param_groups
+from spectral_ops.structures import structure
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -25,15 +26,16 @@ def test_the_drop_in_example_runs():
         def loss(self, batch):
             return self(batch).square().mean()
 
-    example, _ = examples()
-    model, data = Model(4, 3), torch.randn(5, 8, 4)
-    before = model.loss(data[0]).item()
-    exec(example, {"model": model, "data": data})
-    assert model.loss(data[0]).item() < before
+    example, _, layers = examples()
+    for code in (example, layers):
+        model, data = Model(4, 3), torch.randn(5, 8, 4)
+        before = model.loss(data[0]).item()
+        exec(code, {"model": model, "data": data})
+        assert model.loss(data[0]).item() < before
 
 
 def test_the_curvature_example_runs():
-    _, example = examples()
+    _, example, _ = examples()
     gradients = torch.randn(200, 6) @ torch.randn(6, 6)
     names = {"gradients": gradients}
     exec(example, names)
@@ -56,6 +58,16 @@ def test_the_one_line_examples_run():
 def test_the_routing_table_is_what_param_groups_prints():
     table = str(param_groups(Text().model()))
     assert "\n".join(f"    {line}" for line in table.splitlines()) in README
+
+
+def test_the_sizes_of_structures():
+    section = README.partition("| structure of a factor")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.+?`)(?:: .*?)? \| `(.+)` \|$", section, re.M)
+    assert len(rows) == 6
+    for names, formula in rows:
+        for name in re.findall("`(.+?)`", names):
+            made = structure(name.format(k=3, l=2), 11)
+            assert made.size == eval(formula, {"n": 11, "k": 3, "l": 2}) == len(made.identity(dtype=torch.float32))
 
 
 def state_rows() -> list[tuple[str, str, str]]:
