@@ -33,7 +33,14 @@ def _multilayer(width: int) -> nn.Module:
     return nn.Sequential(*(module for _ in range(4) for module in (nn.Linear(width, width), nn.ReLU())))
 
 
+def _block(width: int) -> nn.Module:
+    """The layers of a transformer's block, one after the other."""
+    square = [nn.Linear(width, width) for _ in range(4)]
+    return nn.Sequential(*square, nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "block": (lambda: _block(768), lambda: torch.randn(128, 768)),
     "mlp": (lambda: _multilayer(768), lambda: torch.randn(128, 768)),
     "text": (lambda: LanguageModel(96, 3, 4, 64), lambda: torch.randint(256, (24, 64))),
     "digits": (lambda: VisionTransformer(64, 4, 4), lambda: torch.randn(64, 8, 8)),
@@ -96,7 +103,7 @@ def compare(name: str, structure: str, interval: int, rounds: int) -> Row:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spectral_ops.bench layers", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="mlp,text,digits", help=f"of {', '.join(MODELS)}; default: all but the last")
+    parser.add_argument("--models", default="block,mlp,text,digits", help=f"of {', '.join(MODELS)}; default: all but the last")
     parser.add_argument("--structures", default=",".join(STRUCTURES), help=f"default: {','.join(STRUCTURES)}")
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="default: 12")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="for the CSV; default: out")

@@ -1,4 +1,4 @@
-"""A small pre-norm transformer, causal or not: the body of both benchmark models."""
+"""The benchmark models: a small pre-norm transformer, causal or not, and a small convolutional net."""
 
 import torch
 import torch.nn.functional as F
@@ -58,3 +58,21 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h).mean(1))
+
+
+class ConvNet(nn.Module):
+    """Images of 8 × 8 through five convolutions to 2 × 2, class logits out: `(batch, 8, 8)` to `(batch, classes)`. Every layer
+    has a bias, and there is no normalization."""
+
+    def __init__(self, width: int, classes: int = 10):
+        super().__init__()
+        channels, strides = (1, width // 4, width // 4, width // 2, width // 2, width), (1, 1, 2, 1, 2)
+        pairs = zip(channels[:-1], channels[1:], strides, strict=True)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for a, b, stride in pairs)
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unsqueeze(1)
+        for convolution in self.convolutions:
+            h = F.gelu(convolution(h))
+        return self.head(h.flatten(1))

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectral_ops.bench.methods import SPACE, method
+from spectral_ops.bench.methods import SPACE, method, space
 from spectral_ops.bench.tasks import TASKS
 from spectral_ops.bench.training import Run, configure
 
@@ -48,16 +48,16 @@ class Trials:
 
 
 def search(task: Any, name: str, out: Path) -> dict[str, Any]:
-    """Coordinate search over `SPACE[name]`; every method has the same number of values on each coordinate."""
-    trials = Trials(out)
-    best: dict[str, Any] = {key: values[0] for key, values in SPACE[name].items()}
+    """Coordinate search over the method's space; every method has the same number of trials."""
+    trials, coordinates = Trials(out), space(task.name, name)
+    best: dict[str, Any] = {key: values[0] for key, values in coordinates.items()}
     best_loss = trials.loss(task, name, best)
-    for key, values in SPACE[name].items():
+    for key, values in coordinates.items():
         centre = dict(best)
         for value in values:
             options = centre | {key: value}
             loss = trials.loss(task, name, options)
-            print(f"{task.name:8s} {name:14s} {json.dumps(options):80s} {loss:.4f}", flush=True)
+            print(f"{task.name:11s} {name:23s} {json.dumps(options):80s} {loss:.4f}", flush=True)
             if loss < best_loss:
                 best, best_loss = options, loss
     return best

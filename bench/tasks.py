@@ -1,4 +1,4 @@
-"""The two training tasks: next byte of English text, and scikit-learn's digits under noise.
+"""The training tasks: next byte of English text, and scikit-learn's digits under noise, by a transformer or a small conv net.
 
 A task makes its model and its training batches from seeds alone, and measures every method on the same evaluation set.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_ops.bench.model import LanguageModel, VisionTransformer
+from spectral_ops.bench.model import ConvNet, LanguageModel, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,16 @@ class Digits:
         return (self.images[i] + noise).to(self.device), self.labels[i].to(self.device)
 
 
-TASKS: dict[str, type[Text] | type[Digits]] = {"text": Text, "digits": Digits}
+class DigitsConv(Digits):
+    """The same images by a convolutional net."""
+
+    name = "digits-conv"
+
+    def model(self) -> nn.Module:
+        return ConvNet(self.preset.width).to(self.device)
+
+
+TASKS: dict[str, type[Text] | type[Digits]] = {task.name: task for task in (Text, Digits, DigitsConv)}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from spectral_ops.bench.methods import BUILDERS, Method, left_out, tuned
 from spectral_ops.bench.tasks import DIGITS_PRESETS, TASKS, TEXT_PRESETS
 from spectral_ops.bench.training import Curve, Run, configure
 
-PRESETS = {"text": TEXT_PRESETS, "digits": DIGITS_PRESETS}
+PRESETS = {"text": TEXT_PRESETS, "digits": DIGITS_PRESETS, "digits-conv": DIGITS_PRESETS}
 # What results depend on. A checkpoint holds these options, and a run that continues from it cannot change them.
 DEFAULTS: dict[str, Any] = {
     "task": "text",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_ops.reference import raised
-from spectral_ops.structures import Structure
+from spectral_ops.structures import Diagonal, Structure
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Conv
@@ -114,12 +114,18 @@ class Side:
     own: Tensor | None = None
 
     def add(self, structure: Structure, factor: Tensor, rows: Tensor, keep_plain: bool | None) -> None:
-        """`rows` is `(rows, n)`. A structure that is closed under transposition can wait with the products with its factor,
-        which is cheaper from some number of rows on."""
-        x = rows.to(factor.dtype).mT
+        """`rows` is `(rows, n)`, or without a last column of ones. A structure that is closed under transposition can wait with
+        the products with its factor, which is cheaper from some number of rows on."""
         if keep_plain is None:
             keep_plain = len(rows) > 2 * structure.size / structure.n
-        if structure.symmetric and keep_plain:
+        keep_plain = structure.symmetric and keep_plain
+        missing = structure.n - rows.shape[1]
+        x = rows.to(factor.dtype).mT
+        if keep_plain and missing and isinstance(structure, Diagonal):  # which needs no such column
+            self.plain = _sum(self.plain, F.pad(Diagonal(rows.shape[1]).project(x), (0, 1), value=float(len(rows))))
+            return
+        x = F.pad(rows, (0, missing), value=1.0).to(factor.dtype).mT if missing else x
+        if keep_plain:
             self.plain = _sum(self.plain, structure.project(x))
         else:
             self.own = _sum(self.own, structure.project(structure.apply(factor, x, transpose=True)))

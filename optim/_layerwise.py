@@ -208,8 +208,8 @@ class LayerOptimizer(PreconditionedOptimizer):
         found = self._layers.get(weight)
         if found is None or not x.numel():
             return
-        group, bias = found
-        a = inputs_of(module, x, group["kfac_approx"], bias is not None)
+        group = found[0]
+        a = inputs_of(module, x, group["kfac_approx"], ones=False)
         b = grad_outputs_of(module, g, group["kfac_approx"])
         if self.grad_scaler is not None:
             b = raised(b) / self.grad_scaler.scale(torch.ones((), device=b.device))
@@ -320,12 +320,13 @@ class LayerOptimizer(PreconditionedOptimizer):
 
     def advance(self, group: Group, batch: Batch, usable: Tensor) -> None:
         rows = batch.due or slice(None)
-        pieces, s, usable = batch.pieces[rows], batch.part().state, usable[rows]
+        pieces = batch.pieces[rows]
         found = [self._moments.get(piece.holder) for piece in pieces]
         replicas = self.model.process_group if isinstance(self.model, DistributedDataParallel) else None
         if not pieces or (not any(found) and replicas is None):
             self._warn_of_unseen(group, pieces)
             return
+        s, usable = batch.part().state, usable[rows]
         sides = self._sides(group, batch.dims)
         means = [0.0 if m is None else 1 / m.rows for m in found]
         terms = [0.0 if m is None else float(sum(m.passes.values())) if group["loss_average"] else 1.0 for m in found]

@@ -39,7 +39,10 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
 def momentum_sum(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, maximize: bool) -> None:
     if not wide(buffer, x) or not finite.all():
         return reference.momentum_sum(buffer, x, finite, decay, maximize)
-    buffer.mul_(decay).add_(x, alpha=-1 if maximize else 1)
+    if maximize:
+        buffer.mul_(decay).sub_(x)
+    else:
+        torch.add(x, buffer, alpha=decay, out=buffer)
     return None
 
 

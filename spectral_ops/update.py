@@ -168,8 +168,10 @@ def parameter_update(
     op = "parameter_update"
     u = check.stack(u, "u", op)
     params = list(params)
+    rest, device = u.shape[1:], u.device
     for i, p in enumerate(params):
-        check.shaped(p, f"params[{i}]", op, (len(p), *u.shape[1:]), u)
+        if p.shape[1:] != rest or p.device != device:  # which `shaped` puts in words, at several times the cost
+            check.shaped(p, f"params[{i}]", op, (len(p), *rest), u)
     if sum(map(len, params)) != len(u):
         raise ValueError(f"{op}: `params` must hold {len(u)} matrices as `u` does, got {sum(map(len, params))}")
     if squares.ndim != 2 or len(squares) != len(u):

@@ -22,6 +22,6 @@ class Workspace(threading.local):
         return list(self.memory[:size].view(count, *shape))
 
 
-def serves(x: Tensor) -> bool:
+def serves(x: Tensor, least: int = LARGE) -> bool:
     """Whether a tensor like this is worth it: large, on a CPU, and no stand-in that a compiler works with."""
-    return type(x) is Tensor and x.device.type == "cpu" and x.numel() > LARGE and not torch.compiler.is_compiling()
+    return type(x) is Tensor and x.device.type == "cpu" and x.numel() > least and not torch.compiler.is_compiling()

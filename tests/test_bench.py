@@ -17,6 +17,7 @@ from spectral_ops.bench.training import Curve, Run
 
 PNG = b"\x89PNG"
 METHODS = ["spectral_kron", "muon", "soap", "adamw"]
+BY_LAYER = ["singd_dense", "singd_hierarchical", "singd_diagonal", "ikfac", "kfac"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,26 @@ def test_train_digits_without_tqdm(run_train: Callable[..., Path], monkeypatch: 
     pytest.importorskip("sklearn")
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert read_curves(run_train("--task", "digits", "--methods", "adamw"), "digits")[-1]["step"] == "12"
+
+
+def test_train_digits_by_a_conv_net(run_train: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    names = ["singd_dense", *(f"{name}_bf16" for name in BY_LAYER)]
+    rows = read_curves(run_train("--task", "digits-conv", "--methods", ",".join([*names, "adamw"])), "digits-conv")
+    losses = {row["method"]: float(row["loss"]) for row in rows if row["step"] == "12"}
+    assert list(losses) == [*names, "adamw"] and max(losses.values()) < 3
+
+
+def test_layers_take_their_options_and_the_rest_adamw() -> None:
+    pytest.importorskip("sklearn")
+    options = {"lr": 0.03, "rest_lr": 0.002, "preconditioner_lr": 0.4}
+    model = tasks.Digits("tiny").model()
+    (optimizer,) = method("singd_hierarchical_bf16", **options).build(model)
+    matrix, rest = optimizer.param_groups
+    assert (matrix["lr"], matrix["preconditioner_lr"], rest["lr"]) == (0.03, 0.4, 0.002)
+    assert (matrix["preconditioner_dtype"], matrix["update_scale"]) == ("bfloat16", "rms")
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert weights <= {id(p) for p in matrix["params"]} and not weights & {id(p) for p in rest["params"]}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -281,10 +302,15 @@ def test_state_bytes_count_lists_of_tensors() -> None:
 
 def test_search_tries_each_method_equally_often_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from spectral_ops.bench import search
-    from spectral_ops.bench.methods import SPACE
+    from spectral_ops.bench.methods import SPACE, TUNED, space
 
     counts = {name: sum(map(len, space.values())) - len(space) + 1 for name, space in SPACE.items()}
     assert len(set(counts.values())) == 1
+    assert space("digits-conv", "adamw")["lr"] == [4 * lr for lr in space("digits", "adamw")["lr"]]
+    for (task_name, name), chosen in TUNED.items():  # what was chosen was among what was tried
+        if name in SPACE:
+            tried = space(task_name, name)
+            assert all(value in tried[key] for key, value in chosen.items()), (task_name, name)
 
     task, out = tasks.Text("tiny"), tmp_path / "search.csv"
     monkeypatch.setitem(SPACE, "adamw", {"lr": [1e-3, 2e-3], "rest_lr": [1e-3], "refine": [1.0, 2.0]})

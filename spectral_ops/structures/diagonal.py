@@ -7,12 +7,22 @@ from torch import Tensor
 
 from spectral_ops.reference import accumulation_dtype, raised
 from spectral_ops.structures.base import Symmetric, check_size
+from spectral_ops.workspace import Workspace, serves
+
+SMALL = 2**14
+workspace = Workspace()
 
 
 def squares(x: Tensor) -> Tensor:
     """Sum of the squares of each row, in float32 (float64)."""
     if x.is_cpu:  # `vector_norm` adds one number after the other there: ten times the time where `x` is transposed
-        return raised(x).square().sum(-1)
+        x = raised(x)
+        if not serves(x, SMALL):
+            return x.square().sum(-1)
+        along = -2 if x.mT.is_contiguous() else -1
+        x = x.mT if along == -2 else x
+        (out,) = workspace.tensors(1, tuple(x.shape), x.dtype)
+        return torch.square(x, out=out).sum(along)
     return torch.linalg.vector_norm(x, dim=-1, dtype=accumulation_dtype(x.dtype)).square()  # no temporary of x's size
 
 
