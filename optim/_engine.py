@@ -22,7 +22,7 @@ from spectral_ops.optim._checkpoint import ADDED_LATER, Loading
 from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares, spread
 from spectral_ops.optim._routing import elementwise_name
 from spectral_ops.optim._schedule import Schedule
-from spectral_ops.reference import accumulation_dtype
+from spectral_ops.reference import accumulation_dtype, block, raised
 from spectral_ops.workspace import serves
 
 ALGORITHMS = (None, "matrix", "adamw")
