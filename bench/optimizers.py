@@ -116,11 +116,12 @@ OPTIMIZERS: dict[str, Build] = {
     "KrADagradStar": _with(KrADagradStar),
     "KrADagrad": _with(KrADagrad),
     "INGD": _carried(INGD, update_interval=1),
-    "IKFAC": _carried(IKFAC),
+    "IKFAC": _carried(IKFAC, update_interval=1),
     "KFAC": _carried(KFAC, update_interval=1),
-    "SINGD": _carried(SINGD, structures=("triltoeplitz", "rank2triu"), update_interval=3),
+    "SINGD": _carried(SINGD, structures=("triltoeplitz", "rank2triu"), update_interval=2),
     "SINGD bf16": _carried(
-        SINGD, structures=("hierarchical2_3", "blockdiagonal3"), preconditioner_dtype=torch.bfloat16, update_scale="rms"
+        SINGD, structures=("hierarchical2_3", "blockdiagonal3"), preconditioner_dtype=torch.bfloat16, update_scale="rms",
+        update_interval=1,
     ),
     "SpectralFull": _with(SpectralFull, **EACH),
     "SpectralFull paper": _with(SpectralFull, **EACH, rotation="riemannian", update_scale=None),

@@ -1,6 +1,7 @@
 """What the methods share that precondition layer by layer, with the curvature that hooks see: which layers, structures, mixed
 precision, replicas. Each method's own file has what it does with its factors."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from spectral_ops.reference import accumulation_dtype, column, raised
 from spectral_ops.structures import Structure, structure
 
 SIDES = "k", "c"
+_structure = functools.cache(structure)
 
 
 class LayerOptimizer(PreconditionedOptimizer):
@@ -105,11 +107,11 @@ class LayerOptimizer(PreconditionedOptimizer):
     def _refresh(self) -> None:
         """Which weights are a layer's, in which group, and whether their biases go with them."""
         known = [(module.weight, bias_of(module)) for module in self._modules]
-        self._layers: dict[Tensor, tuple[Group, Tensor | None] | None] = dict.fromkeys(weight for weight, _ in known)
+        self._layers: dict[Tensor, tuple[int, Tensor | None] | None] = dict.fromkeys(weight for weight, _ in known)
         self._biases: set[Tensor] = set()
         owners: dict[Tensor, Tensor | None] = {}
         torn = {weight for weight, bias in known if owners.setdefault(weight, bias) is not bias}  # shared, with other biases
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             if group["algorithm"] == "adamw":
                 continue
             members = set(group["params"])
@@ -117,7 +119,7 @@ class LayerOptimizer(PreconditionedOptimizer):
                 if weight not in members or weight in torn:
                     continue
                 joined = bias is not None and bias in members and (bias.dtype, bias.device) == (weight.dtype, weight.device)
-                self._layers[weight] = group, bias if joined else None
+                self._layers[weight] = number, bias if joined else None
                 if joined:
                     self._biases.add(bias)  # type: ignore[arg-type]
 
@@ -186,8 +188,9 @@ class LayerOptimizer(PreconditionedOptimizer):
         found = self._layers.get(module.weight)
         return found is not None and self._due(module.weight, found[0])
 
-    def _due(self, weight: Tensor, group: Group) -> bool:
-        step, number = group["step"] + 1, next(i for i, each in enumerate(self.param_groups) if each is group)
+    def _due(self, weight: Tensor, number: int) -> bool:
+        group = self.param_groups[number]
+        step = group["step"] + 1
         if group["update_interval"] == 1 or step <= WARM_STEPS:
             return True
         if self._whose.get(number, (0,))[0] != step:
@@ -208,7 +211,7 @@ class LayerOptimizer(PreconditionedOptimizer):
         found = self._layers.get(weight)
         if found is None or not x.numel():
             return
-        group = found[0]
+        group = self.param_groups[found[0]]
         a = inputs_of(module, x, group["kfac_approx"], ones=False)
         b = grad_outputs_of(module, g, group["kfac_approx"])
         if self.grad_scaler is not None:
@@ -233,8 +236,8 @@ class LayerOptimizer(PreconditionedOptimizer):
         moments = self._moments.setdefault(weight, Moments())
         moments.rows += len(a)
         moments.passes.setdefault(task, terms)
-        group, bias = self._layers[weight]  # type: ignore[misc]
-        piece = layer(weight, bias, 0)
+        number, bias = self._layers[weight]  # type: ignore[misc]
+        group, piece = self.param_groups[number], layer(weight, bias, 0)
         held, dtypes = self.state.get(weight, {}), self._dtypes(group, weight)
         for i, (side, rows) in enumerate(zip(self._sides(group, piece.dims), (a, b), strict=True)):
             factor = held.get(f"factor_{SIDES[i]}")
@@ -252,7 +255,7 @@ class LayerOptimizer(PreconditionedOptimizer):
     def _sides(self, group: Group, dims: tuple[int, ...]) -> list[Structure]:
         """The structures of both sides of a matrix of `dims`, `(out, in)`."""
         names, limit = group["structures"], group["max_preconditioner_dim"]
-        return [structure(name if n <= limit else "diagonal", n) for name, n in zip(names, reversed(dims), strict=True)]
+        return [_structure(name if n <= limit else "diagonal", n) for name, n in zip(names, reversed(dims), strict=True)]
 
     def _dtypes(self, group: Group, p: Tensor) -> list[torch.dtype]:
         return [factor_dtype({"preconditioner_dtype": dtype}, p) for dtype in _pair(group["preconditioner_dtype"])]

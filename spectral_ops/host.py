@@ -39,10 +39,9 @@ def momentum_update(buffer: Tensor, g: Tensor, finite: Tensor, decay: float, nes
 def momentum_sum(buffer: Tensor, x: Tensor, finite: Tensor, decay: float, maximize: bool) -> None:
     if not wide(buffer, x) or not finite.all():
         return reference.momentum_sum(buffer, x, finite, decay, maximize)
+    torch.add(x, buffer, alpha=-decay if maximize else decay, out=buffer)
     if maximize:
-        buffer.mul_(decay).sub_(x)
-    else:
-        torch.add(x, buffer, alpha=decay, out=buffer)
+        buffer.neg_()  # so that it is, bit for bit, what the negative of `x` gives
     return None
 
 

@@ -532,3 +532,22 @@ def test_layers_update_in_turns_after_ten_steps():
         held = now
     assert all(map(all, changed[:10])) and all(sum(turn) == 1 for turn in changed[10:])
     assert changed[10:13] == changed[13:] and all(map(any, zip(*changed[10:13], strict=True)))
+
+
+def test_each_side_has_a_dtype_of_its_own(tmp_path):
+    """Through a checkpoint too, whose options are plain values."""
+    model = sequence_net()
+    options = {"lr": 0.01, "update_interval": 1, "preconditioner_dtype": (torch.bfloat16, None)}
+    optimizer = SINGD(model, **options)
+    data = batches((5, 6), 3, torch.float32)
+    train(model, optimizer, data, "batch", 0.4)
+    state = optimizer.state[layers(model)[0].weight]
+    assert [state[f"factor_{side}"].dtype for side in SIDES] == [torch.bfloat16, torch.float32]
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(model)
+    second = SINGD(twin, **options)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in ((model, optimizer), (twin, second)):
+        train(*each, data, "batch", 0.4)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

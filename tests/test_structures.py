@@ -452,3 +452,18 @@ def test_wrong_sizes(n):
             make()
     with pytest.raises(ValueError, match=r"^BlockDiagonal: `k` must be an integer of at least 1, got 0$"):
         BlockDiagonal(4, 0)
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal", "blockdiagonal3"])
+def test_inverses_are_exact_or_not_a_number(name):
+    """Of what is not positive definite there is none; its neighbours in the batch have theirs."""
+    s = structure(name, 7)
+    x = s.project(torch.randn(3, 7, 20, dtype=torch.float64))
+    want = torch.linalg.inv(s.dense(x))
+    torch.testing.assert_close(s.dense(s.inverse(x)), want, rtol=1e-10, atol=1e-10)
+    for wrong in (s.add_identity(x[1].clone(), -1e6), torch.tensor(0.0), torch.tensor(torch.inf), torch.tensor(torch.nan)):
+        spoilt = x.clone()
+        spoilt[1] = wrong
+        got = s.inverse(spoilt)
+        assert got[1].isnan().any()
+        torch.testing.assert_close(s.dense(got[::2]), want[::2], rtol=1e-10, atol=1e-10)

@@ -118,4 +118,7 @@ class Symmetric(Structure):
 def cholesky_inverse(a: Tensor) -> Tensor:
     """Of matrices `(..., k, k)`."""
     factor, info = torch.linalg.cholesky_ex(raised(a))  # which does not wait for `info`, as `cholesky` does
-    return torch.where(block(info) == 0, torch.cholesky_inverse(factor), torch.nan).to(a.dtype)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    definite = block((info == 0) & ((diagonal > 0) & diagonal.isfinite()).all(-1))
+    one = torch.eye(a.shape[-1], dtype=factor.dtype, device=a.device)
+    return torch.where(definite, torch.cholesky_inverse(torch.where(definite, factor, one)), torch.nan).to(a.dtype)

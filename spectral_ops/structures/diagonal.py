@@ -65,7 +65,7 @@ class Diagonal(Symmetric):
         return a * (h * a)
 
     def inverse(self, a: Tensor) -> Tensor:
-        return torch.where(a > 0, raised(a).reciprocal(), torch.nan).to(a.dtype)
+        return torch.where((a > 0) & a.isfinite(), raised(a).reciprocal(), torch.nan).to(a.dtype)
 
     def diagonals(self, a: Tensor) -> tuple[Tensor, ...]:
         return (a.unsqueeze(-2),)
