@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Build] = {
     "IFShampoo bf16": _with(IFShampoo, preconditioner_dtype=torch.bfloat16, update_interval=3),
     "IFShampoo paper": _with(IFShampoo, update_scale=None, momentum=0.5),
     "RFShampoo": _with(RFShampoo),
-    "RFFullAdaGrad": _with(RFFullAdaGrad),
+    "RFFullAdaGrad": _with(RFFullAdaGrad, max_preconditioner_dim=256),
     "RFRMSprop": _with(RFRMSprop),
     "RFAdaGrad": _with(RFAdaGrad),
     "KrADagradStar": _with(KrADagradStar),

@@ -294,13 +294,14 @@ class MatrixOptimizer(Optimizer):
 
     def write(self, group: Group, batch: Batch, u: Tensor, squares: Tensor, normalize: str) -> None:
         """Change the parameters of a batch, and count."""
-        step, skipped = batch.state["step"], batch.state["skipped"]
-        for part, mine in zip(batch.parameters, u.split([p[0].shape[-1] for p in batch.parameters], -1), strict=True):
+        counters = [batch.state[name] for name in ("step", "skipped")]
+        columns = u.split([part[0].shape[-1] for part in batch.parameters], -1)
+        for i, (part, mine) in enumerate(zip(batch.parameters, columns, strict=True)):
+            step, skipped = counters if i == 0 else map(torch.zeros_like, counters)  # which count once
             ops.parameter_update(
                 part, mine, squares, batch.finite, step, skipped, group["lr"],
                 weight_decay=self.decoupled_decay(group), normalize=normalize,
             )  # fmt: skip
-            step, skipped = torch.zeros_like(step), torch.zeros_like(skipped)  # which count once
 
     def _step_elementwise(self, work: list[tuple[Group, list[Tensor]]]) -> None:
         """What is no matrix, all groups of one learning rate together."""
