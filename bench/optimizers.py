@@ -61,7 +61,7 @@ class _Carried(LayerOptimizer):
             if layer is not None and p.grad is not None and p.numel() and p.grad.layout == torch.strided:
                 g, scale = p.grad.flatten(1), getattr(self, "grad_scale", None)
                 self.observe(p, g if scale is None else g / scale, g.mT)
-        super().step()
+        LayerOptimizer.step(self)  # torch has made a class's own one run the hooks, which this one did
         return loss
 
     def _carry(self, params: list[Any]) -> None:

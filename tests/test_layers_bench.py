@@ -7,6 +7,12 @@ from spectral_ops.bench import layers
 from spectral_ops.bench.output import read_csv
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    yield
+    torch.set_flush_denormal(False)  # the program sets it for its process, which here is everyone's
+
+
 def test_the_rows(tmp_path, capsys):
     """Two structures, two intervals; both optimizers train the same model the same way, but where `singd` waits."""
     layers.main(["--models", "tiny", "--structures", "diagonal,dense", "--rounds", "2", "--out", str(tmp_path)])
