@@ -48,7 +48,7 @@ def bias_of(module: Layer) -> nn.Parameter | None:
 def inputs_of(module: Layer, x: Tensor, kfac_approx: str, ones: bool | None = None) -> Tensor:
     """The rows `a`, `(rows, in (+ 1))`; the last column is of ones for a bias, by default where one is trained. A convolution's
     are patches, of each of its groups."""
-    rows = _patches(module, x) if isinstance(module, Conv) else _samples(x, 1).unsqueeze(2)
+    rows = _patches(module, x) if isinstance(module, Conv) else _samples(x).unsqueeze(2)
     rows = (rows.mean(1) if kfac_approx == "reduce" else rows).reshape(-1, rows.shape[-1])
     return F.pad(rows, (0, 1), value=1.0) if (bias_of(module) is not None if ones is None else ones) else rows
 
@@ -69,12 +69,12 @@ def _positions(module: Layer, g: Tensor) -> Tensor:
     """Outputs as `(samples, positions, out)`."""
     if isinstance(module, Conv):
         return _batched(module, g).flatten(2).mT
-    return _samples(g, 1)
+    return _samples(g)
 
 
-def _samples(x: Tensor, last: int) -> Tensor:
+def _samples(x: Tensor) -> Tensor:
     """`(samples, …, features)` as `(samples, positions, features)`; one sample where there is no such dimension."""
-    x = x.unsqueeze(0) if x.ndim == last else x
+    x = x.unsqueeze(0) if x.ndim == 1 else x
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
@@ -120,11 +120,11 @@ class Side:
             keep_plain = len(rows) > 2 * structure.size / structure.n
         keep_plain = structure.symmetric and keep_plain
         missing = structure.n - rows.shape[1]
-        x = rows.to(factor.dtype).mT
+        rows = rows.to(factor.dtype)
         if keep_plain and missing and isinstance(structure, Diagonal):  # which needs no such column
-            self.plain = _sum(self.plain, F.pad(Diagonal(rows.shape[1]).project(x), (0, 1), value=float(len(rows))))
+            self.plain = _sum(self.plain, F.pad(Diagonal(rows.shape[1]).project(rows.mT), (0, 1), value=float(len(rows))))
             return
-        x = F.pad(rows, (0, missing), value=1.0).to(factor.dtype).mT if missing else x
+        x = (F.pad(rows, (0, missing), value=1.0) if missing else rows).mT
         if keep_plain:
             self.plain = _sum(self.plain, structure.project(x))
         else:

@@ -8,7 +8,6 @@ from spectral_ops.optim import _options as check
 from spectral_ops.optim._engine import Batch, MatrixOptimizer, moves
 from spectral_ops.optim._pieces import Group
 from spectral_ops.reference import NEGLIGIBLE, raised
-from spectral_ops.update import momentum_sum
 
 UPDATE_SCALES = ("rms", "clip", None)
 
@@ -47,7 +46,7 @@ class PreconditionedOptimizer(MatrixOptimizer):
             x, maximize = _decayed(-x if maximize else x, batch.parameters, group["weight_decay"]), False
             moved = moved & (usable | moves(group))  # a step of nothing is none
         if not scaled:
-            momentum_sum(s["momentum_buffer"], x, moved, group["momentum"], maximize=maximize)
+            ops.momentum_sum(s["momentum_buffer"], x, moved, group["momentum"], maximize=maximize)
             return raised(s["momentum_buffer"]), batch.mean_square.unsqueeze(-1), "none"
         average = ops.momentum_update(
             s["momentum_buffer"], x, moved, group["momentum"], nesterov=True, maximize=maximize
