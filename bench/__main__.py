@@ -13,6 +13,7 @@ COMMANDS = {
     "quadratic": "minimise a badly conditioned quadratic in float32 and float64",
     "papers": "reproduce the experiments of the spectral paper",
     "model": "print operations, bytes and the least time of every operation",
+    "sharing": "reckon work, state and bytes where many GPUs share the matrices",
     "structures": "draw each structure of SINGD's factors",
     "report": "write RESULTS.md, its plots and the README's table",
     "aot": "compile every kernel ahead of time and check it",
@@ -25,7 +26,7 @@ MODULES = {"model": "costs"}  # model.py is the transformer that is trained
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:10s}{text}" for name, text in COMMANDS.items()]
+        lines = [f"  {name:12s}{text}" for name, text in COMMANDS.items()]
         print("usage: python -m spectral_ops.bench COMMAND [options]", *lines, sep="\n", file=sys.stderr)
         raise SystemExit(2)
     importlib.import_module(f"spectral_ops.bench.{MODULES.get(argv[0], argv[0])}").main(argv[1:])

@@ -69,5 +69,7 @@ class Loading:
         """Put the saved values in place of those that torch cast to the dtype of the parameter, and back what is not saved."""
         for group, functions in zip(self.optimizer.param_groups, self.functions, strict=True):
             group.update(functions)
+        shared = bool(self.optimizer._share())
         for p, name, value, dtype in self.values:
-            self.optimizer.state[p][name] = value.to(device=p.device, dtype=dtype, copy=True)
+            mine = self.optimizer._restored(p, name, value) if shared else value
+            self.optimizer.state[p][name] = mine.to(device=p.device, dtype=dtype, copy=True)

@@ -10,7 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,29 @@ from torch.optim import Optimizer
 import spectral_ops as ops
 from spectral_ops.optim import _options as check
 from spectral_ops.optim._checkpoint import ADDED_LATER, Loading
-from spectral_ops.optim._pieces import Group, Piece, gathered, name_of, pieces, shares, spread
+from spectral_ops.optim._pieces import (
+    Group,
+    Piece,
+    gathered,
+    is_sharded,
+    local,
+    mesh_of,
+    name_of,
+    on_meta,
+    pieces,
+    shares,
+    spread,
+)
 from spectral_ops.optim._routing import elementwise_name
 from spectral_ops.optim._schedule import Schedule
 from spectral_ops.reference import accumulation_dtype, block, raised
 from spectral_ops.workspace import serves
 
+if TYPE_CHECKING:
+    from spectral_ops.optim._sharing import Sharing
+
 ALGORITHMS = (None, "matrix", "adamw")
+TRANSPORT_DTYPES = (None, "bfloat16", "float32")
 WARM_STEPS = 10  # the factors are updated in each of the first steps, whatever the interval
 
 
@@ -85,6 +101,7 @@ class Batch:
 class MatrixOptimizer(Optimizer):
     """Base of the matrix optimizers. A subclass makes the state of a matrix and computes the update of a batch."""
 
+    mesh: Any = None
     # Every parameter group carries these; a group of its own may override them.
     shared_defaults: ClassVar[dict[str, Any]] = {
         "algorithm": None,
@@ -93,6 +110,7 @@ class MatrixOptimizer(Optimizer):
         "num_heads": None,
         "adamw_betas": (0.9, 0.95),
         "adamw_eps": 1e-8,
+        "transport_dtype": None,
         "update_interval": 1,
         "maximize": False,
         "capturable": False,
@@ -102,8 +120,10 @@ class MatrixOptimizer(Optimizer):
     def __init__(self, params: Any, given: dict[str, Any]):
         """`given` are the local variables of a subclass's constructor: its options, and in `unknown` those it does not list.
         They are refused, but for what every group has, and what says no: frameworks pass `fused=False` to any optimizer."""
-        shared = {name: value for name, value in given["unknown"].items() if name in self.shared_defaults}
-        for name, value in given["unknown"].items():
+        unknown = dict(given["unknown"])
+        self._set_mesh(unknown.pop("mesh", None))
+        shared = {name: value for name, value in unknown.items() if name in self.shared_defaults}
+        for name, value in unknown.items():
             if value and name not in shared:
                 raise TypeError(f"{type(self).__name__} has no option `{name}`, got {value!r}")
         self._forget()
@@ -111,8 +131,18 @@ class MatrixOptimizer(Optimizer):
         options = own | shared
         super().__init__(params, plain(self.shared_defaults | options))
 
+    def _set_mesh(self, mesh: Any) -> None:
+        """The mesh whose ranks share the work on parameters that each of them has."""
+        if mesh is not None:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            if not isinstance(mesh, DeviceMesh):
+                raise TypeError(f"`mesh` must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+        self.mesh = mesh
+
     def _forget(self) -> None:
         """Drop what is not state: stacks whose parts may have been replaced, buffers, what was warned of."""
+        self._sharings: dict[Any, Sharing] = {}
         self._stacks: dict[Any, tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = {}
         self._buffers: dict[Tensor, Tensor] = {}
         self._warned = False
@@ -151,6 +181,7 @@ class MatrixOptimizer(Optimizer):
         check.number(group, "weight_decay")
         check.decays(group, "adamw_betas")
         check.number(group, "adamw_eps")
+        check.choice(group, "transport_dtype", TRANSPORT_DTYPES)
         check.whole(group, "update_interval")
         check.parts(group)
         if group["capturable"] and group["update_interval"] != 1:
@@ -162,6 +193,11 @@ class MatrixOptimizer(Optimizer):
 
     def _check_parameters(self, group: Group) -> None:
         for i, p in enumerate(group["params"]):
+            if (self.mesh is not None or is_sharded(p)) and not self.can_share(group):
+                raise TypeError(
+                    f"{type(self).__name__} with these options does not share work between ranks: it takes no DTensor, as "
+                    f"{name_of(group, i)} may be, and no `mesh`"
+                )
             if not p.is_floating_point():
                 raise TypeError(f"{type(self).__name__}: {name_of(group, i)} is {p.dtype}; only real floating-point works")
             if group["capturable"] and isinstance(group["lr"], Tensor) and group["lr"].device != p.device:
@@ -193,6 +229,14 @@ class MatrixOptimizer(Optimizer):
         """State of one piece, beside its counters; every tensor has the leading dimensions `piece.lead`."""
         raise NotImplementedError
 
+    def can_share(self, group: Group) -> bool:
+        """Whether the matrices of a parameter can be with ranks that have no more of it than its gradient."""
+        return True
+
+    def reads_parameters(self, group: Group) -> bool:
+        """Whether `update` reads `batch.parameters`."""
+        return False
+
     def update(self, group: Group, batch: Batch) -> tuple[Tensor, Tensor, str]:
         """Advance `batch.state`, but for the counters. Return the update `(b, n, m)`, to be multiplied by `−lr`, its sums of
         squares `(b, parts)` and how `parameter_update` normalises it."""
@@ -217,15 +261,26 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sharings = self._share()
         # All gradients are checked before anything changes.
-        work = [(group, called(group), *self._collect(number, group)) for number, group in enumerate(self.param_groups)]
-        for number, (group, now, classes, _) in enumerate(work):
-            schedule, joint = self._schedule(number, group), shares(classes)
+        found = [self._collect(number, group) for number, group in enumerate(self.param_groups)]
+        for sharing in sharings:
+            sharing.send()
+        schedules = [self._schedule(number, group) for number, group in enumerate(self.param_groups)]
+        work = list(zip(map(called, self.param_groups), schedules, strict=True))
+        for (group, schedule), (classes, _) in zip(work, found, strict=True):
+            joint = shares(classes)
             for key, members, g in gathered(classes):
                 due = schedule.rows(members, group["step"]) if schedule else None
                 spread(joint, members, g)
-                self._step_batch(now, key, members, g, due)
-        self._step_elementwise([(now, params) for _, now, _, params in work if params])
+                self._step_batch(group, key, members, g, due)
+        for sharing in sharings:
+            sharing.listen()
+        self._step_elementwise([(group, params) for (group, _), (_, params) in zip(work, found, strict=True) if params])
+        for sharing in sharings:
+            sharing.compute(work)
+        for sharing in sharings:
+            sharing.apply(work)
         return loss
 
     def _check_capture(self) -> None:
@@ -238,8 +293,10 @@ class MatrixOptimizer(Optimizer):
         """How many times a parameter was left untouched because its gradient, or the square of it, was not finite: an int64
         tensor of no dimension, where the parameters are. Reading its value waits for them, calling this does not. Each
         parameter's own count is `optimizer.state[p]["skipped"]`."""
-        counts = []
-        for state in self.state.values():
+        counts = [sharing.skipped.sum() for sharing in self._sharings.values()]
+        for p, state in self.state.items():
+            if self._sharing_of(p) is not None:  # and its state with owners
+                continue
             own = [value for name, value in state.items() if name.startswith("skipped")]
             counts += [x.flatten()[0] for x in own[:1]]  # all matrices of a parameter skip together
         device = counts[0].device if counts else None
@@ -255,7 +312,10 @@ class MatrixOptimizer(Optimizer):
                 continue
             if p.grad is not None:
                 self._check_gradient(group, i, p.grad)
-            if self._is_matrix(group, i):
+            if self._sharing_of(p) is not None:  # whether this rank has a gradient or not
+                if not self._is_matrix(group, i):
+                    elementwise.append(p)
+            elif self._is_matrix(group, i):
                 for piece in self._pieces(number, group, i):
                     if piece.has_grad:
                         alone = i if serves(p.detach()) else None  # a stack of such would not stay in the caches
@@ -268,6 +328,41 @@ class MatrixOptimizer(Optimizer):
     def _pieces(self, number: int, group: Group, i: int) -> Iterator[Piece]:
         before = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
         return self.cut(group["params"][i], group, before + i)
+
+    def _share(self) -> list["Sharing"]:
+        """What ranks share in this step, mesh by mesh. It is found out anew where parameters have come or were replaced."""
+        places: dict[Any, list[tuple[int, int]]] = {}
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                mesh = mesh_of(p) or (self.mesh if self._is_matrix(group, i) else None)
+                known = mesh in self._sharings and id(p) in self._sharings[mesh].numbers
+                if mesh is not None and p.numel() and (p.requires_grad or p.grad is not None or known):
+                    places.setdefault(mesh, []).append((number, i))
+        if not places:
+            return []
+        from spectral_ops.optim._sharing import Sharing
+
+        for mesh, mine in places.items():
+            before = self._sharings.get(mesh)
+            params = [self.param_groups[number]["params"][i] for number, i in mine]
+            if before is None or [id(p) for p in params] != list(before.numbers):
+                self._sharings[mesh] = Sharing(self, mesh, mine, before)
+        return [self._sharings[mesh] for mesh in places]
+
+    def _sharing_of(self, p: Tensor) -> "Sharing | None":
+        return next((sharing for sharing in self._sharings.values() if id(p) in sharing.numbers), None)
+
+    def _sharing_of_matrix(self, p: Tensor) -> "Sharing | None":
+        sharing = self._sharing_of(p)
+        return sharing if sharing is not None and sharing.members[sharing.numbers[id(p)]].is_matrix else None
+
+    def _restored(self, p: Tensor, name: str, value: Tensor) -> Tensor:
+        """What is kept of a tensor of a checkpoint."""
+        from spectral_ops.optim import _sharded_state
+
+        if (sharing := self._sharing_of_matrix(p)) is not None:
+            return _sharded_state.load(sharing, p, name, value)
+        return _sharded_state.like(p, value) if is_sharded(p) else value
 
     def _schedule(self, number: int, group: Group) -> Schedule | None:
         """Whose turn it is in this step; None: everybody's."""
@@ -313,18 +408,28 @@ class MatrixOptimizer(Optimizer):
             rule = self._rule(group)
             options = (lr, rule.options, group["maximize"], group["capturable"])
             for p in params:
-                _, _, mine, decays = calls.setdefault((options, p.device, p.dtype), (group, rule, [], []))
+                mesh = mesh_of(p)
+                _, _, mine, decays = calls.setdefault((options, p.device, p.dtype, mesh), (group, rule, [], []))
                 mine.append(p)
                 decays.append(group["weight_decay"])
         for group, rule, params, decays in calls.values():
             states = [self._elementwise_state(rule, p) for p in params]
+            steps, skipped = [s["step"] for s in states], [s["skipped"] for s in states]
+            sharing = self._sharing_of(params[0])
+            if sharing is None:
+                grads = self._fixed(params) if group["capturable"] else [p.grad for p in params]
+                counters = steps, skipped
+            else:
+                grads = sharing.flagged(params)
+                counters = [x.clone() for x in steps], [x.clone() for x in skipped]
             first, second = rule.moments
             ops.diagonal_update(
-                params, self._fixed(params) if group["capturable"] else [p.grad for p in params],  # type: ignore[misc]
-                [s[first] for s in states], [s[second] for s in states], [s["step"] for s in states],
-                [s["skipped"] for s in states], group["lr"], weight_decay=decays, maximize=group["maximize"],
-                **dict(rule.options),
+                list(map(local, params)), grads, [local(s[first]) for s in states],  # type: ignore[arg-type]
+                [local(s[second]) for s in states], *counters, lr=group["lr"], weight_decay=decays,
+                maximize=group["maximize"], **dict(rule.options),
             )  # fmt: skip
+            if sharing is not None:
+                sharing.count(params, steps, skipped, moves(group))
 
     def _rule(self, group: Group) -> Rule:
         return adamw(group) if group["algorithm"] == "adamw" else self.elementwise(group)
@@ -422,7 +527,7 @@ class MatrixOptimizer(Optimizer):
         """What the state of a parameter is made of, as tensors without data."""
         p = group["params"][i]
         if not self._is_matrix(group, i):
-            return self._rule(group).init_state(torch.empty_like(p, device="meta"))
+            return self._rule(group).init_state(on_meta(p))
         return {
             name + piece.suffix: value
             for piece in self._pieces(number, group, i)
@@ -443,8 +548,19 @@ class MatrixOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it; options that are functions are not in it, and stay when it is loaded."""
+        """The state as torch's optimizers give it; options that are functions are not in it, and stay when it is loaded.
+
+        Where ranks share the work, each has the state of its own matrices: all ranks of the mesh must call this together.
+        Tensors are DTensors then, evenly sharded over the mesh, and numbers are equal on all ranks.
+        """
         state: dict[str, Any] = super().state_dict()
+        if self._share():
+            from spectral_ops.optim import _sharded_state
+
+            for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
+                if self.state.get(p) and (sharing := self._sharing_of_matrix(p)) is not None:
+                    state["state"][number] = _sharded_state.save(sharing, p)
+            state["state"] = dict(sorted(state["state"].items()))  # as on the other ranks
         for group in state["param_groups"]:
             for name in [name for name, value in group.items() if callable(value)]:
                 del group[name]

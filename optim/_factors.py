@@ -36,14 +36,15 @@ def _stream(seed: int, index: int, start: int) -> int:
 def first_seeds(group: Group, piece: Piece) -> Tensor:
     """Of the matrices of a piece, as their state holds it."""
     first = _stream(group["seed"], piece.index, piece.start)
-    return torch.arange(piece.count, device=piece.parameter.device).view(piece.lead) + first
+    return piece.numbers.view(piece.lead) + first
 
 
 def seeds(state: dict[str, Tensor], axis: int) -> Tensor | None:
     """Seeds of this update's rounding; None where factors are not bfloat16."""
     if "seed" not in state:
         return None
-    return state["seed"] + state["updates"].long() * STREAM_STEP + axis * STREAM_SIDE
+    side = (axis * STREAM_SIDE + 2**63) % 2**64 - 2**63  # as int64 wraps, which takes no number beyond its range
+    return state["seed"] + state["updates"].long() * STREAM_STEP + side
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------

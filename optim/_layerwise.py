@@ -92,6 +92,9 @@ class LayerOptimizer(PreconditionedOptimizer):
         for dtype in _pair(group["preconditioner_dtype"]):
             check.choice({"preconditioner_dtype": dtype}, "preconditioner_dtype", (None, *FACTOR_DTYPES))
 
+    def can_share(self, group: Group) -> bool:
+        return False
+
     def layout(self, group: Group) -> tuple[Any, ...]:
         return tuple(str(group[name]) for name in ("structures", "max_preconditioner_dim", "preconditioner_dtype"))
 

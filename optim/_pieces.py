@@ -1,8 +1,9 @@
 """How a parameter is cut into matrices, and how matrices of one shape come together."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -64,9 +65,18 @@ class Piece:
         """Parameters whose state is in another's."""
         return ()
 
+    @property
+    def numbers(self) -> Tensor:
+        """Which matrices of the piece these are: all, in order."""
+        return torch.arange(self.count, device=self.parameter.device)
+
+    def before(self, number: int) -> int:
+        """How many of these come before a matrix of the piece."""
+        return min(max(number, 0), self.count)
+
     def on_meta(self) -> "Piece":
         """The same without data."""
-        return replace(self, parameter=torch.empty_like(self.parameter, device="meta"))
+        return replace(self, parameter=on_meta(self.parameter))
 
     def rows(self, x: Tensor) -> Tensor:
         """This piece's part of a tensor shaped like the parameter: a view, whatever the strides."""
@@ -163,6 +173,25 @@ class Columns(Piece):
             self.parameter.copy_(parts[0].view(self.parameter.shape))
 
 
+@dataclass(frozen=True)
+class Owned(Piece):
+    """Those matrices of a piece, by their numbers in it, that this rank computes, of a parameter that other ranks have, too."""
+
+    own: tuple[int, ...]
+
+    @property
+    def numbers(self) -> Tensor:
+        return torch.tensor(self.own, dtype=torch.int64, device=self.parameter.device)
+
+    def before(self, number: int) -> int:
+        return bisect_left(self.own, number)
+
+
+def owned(piece: Piece, own: tuple[int, ...]) -> Owned:
+    given = {each.name: getattr(piece, each.name) for each in fields(piece)}
+    return Owned(**given | {"lead": (len(own),), "own": own})
+
+
 def pieces(p: Tensor, group: Group, index: int = 0) -> Iterator[Piece]:
     """Cut a parameter into pieces by the group's `conv`, `split_sizes`, `num_heads` and `per_axis`."""
     shape = tuple(p.shape)
@@ -220,6 +249,25 @@ def layer(weight: Tensor, bias: Tensor | None, index: int) -> Piece:
 
 def rows_of(p: Tensor) -> int:
     return p.shape[0] if p.ndim else 1
+
+
+def on_meta(p: Tensor) -> Tensor:
+    """A parameter's shape and dtype, without data; of one that is sharded the whole."""
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether it is a DTensor; asking for the class would import what most programs have no use for."""
+    return hasattr(p, "placements")
+
+
+def mesh_of(p: Tensor) -> Any:
+    return p.device_mesh if is_sharded(p) else None  # type: ignore[attr-defined]
+
+
+def local(p: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return p.to_local() if is_sharded(p) else p  # type: ignore[attr-defined]
 
 
 workspace = Workspace()

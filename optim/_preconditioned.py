@@ -56,6 +56,9 @@ class PreconditionedOptimizer(MatrixOptimizer):
     def decoupled_decay(self, group: Group) -> float:
         return group["weight_decay"] if self._decoupled(group) else 0.0
 
+    def reads_parameters(self, group: Group) -> bool:
+        return bool(group["weight_decay"]) and not self._decoupled(group)
+
     def _decoupled(self, group: Group) -> bool:
         chosen = group["decoupled_weight_decay"]
         return group["update_scale"] is not None if chosen is None else chosen

@@ -33,7 +33,7 @@ class Schedule:
         less than `turn · length`, in whole numbers."""
         cost = _cost(piece) * self.interval
         left = 2 * (turn * self.length - self.places[piece.index, piece.start] * self.interval)
-        return min(max(-((cost - left) // (2 * cost)), 0), piece.count)
+        return piece.before(-((cost - left) // (2 * cost)))
 
 
 def _cost(piece: Piece) -> int:

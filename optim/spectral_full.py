@@ -144,6 +144,9 @@ class SpectralFull(MatrixOptimizer):
         if group["exact"] and group["damping"]:
             raise ValueError(f"`damping` belongs to the truncated map, got {group['damping']} with exact=True")
 
+    def can_share(self, group: Group) -> bool:
+        return not group["joint"]
+
     def layout(self, group: Group) -> tuple[Any, ...]:
         return tuple(group[name] for name in LAYOUT_OPTIONS)
 
