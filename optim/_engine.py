@@ -293,9 +293,9 @@ class MatrixOptimizer(Optimizer):
         """How many times a parameter was left untouched because its gradient, or the square of it, was not finite: an int64
         tensor of no dimension, where the parameters are. Reading its value waits for them, calling this does not. Each
         parameter's own count is `optimizer.state[p]["skipped"]`."""
-        counts = [sharing.skipped.sum() for sharing in self._sharings.values()]
+        counts = [sharing.skipped_matrices() for sharing in self._sharings.values()]
         for p, state in self.state.items():
-            if self._sharing_of(p) is not None:  # and its state with owners
+            if self._sharing_of_matrix(p) is not None:  # its state is with owners
                 continue
             own = [value for name, value in state.items() if name.startswith("skipped")]
             counts += [x.flatten()[0] for x in own[:1]]  # all matrices of a parameter skip together
@@ -554,7 +554,7 @@ class MatrixOptimizer(Optimizer):
         Tensors are DTensors then, evenly sharded over the mesh, and numbers are equal on all ranks.
         """
         state: dict[str, Any] = super().state_dict()
-        if self._share():
+        if self.state and self._share():
             from spectral_ops.optim import _sharded_state
 
             for number, p in enumerate(p for group in self.param_groups for p in group["params"]):

@@ -178,6 +178,10 @@ class Sharing:
         self.flags = torch.where(self.finite, 0.0, math.nan)  # to add to gradients
         self.skipped += self.present & ~self.finite
 
+    def skipped_matrices(self) -> Tensor:
+        """How often matrices of members skipped a step, which every rank counts."""
+        return self.skipped[self.index(tuple(j for j, m in enumerate(self.members) if m.is_matrix))].sum()
+
     def index(self, members: tuple[int, ...]) -> Tensor:
         """As a tensor, made once: making it waits for a GPU."""
         if members not in self._indices:

@@ -81,6 +81,7 @@ class SpectralFull(MatrixOptimizer):
         seed: of the stochastic rounding.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, see `SpectralKron`.
+        mesh, transport_dtype: see `SpectralKron`; with `joint=False` only.
         unknown: options of other optimizers, as long as they are false.
 
     Raises:

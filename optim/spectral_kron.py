@@ -80,6 +80,9 @@ class SpectralKron(MatrixOptimizer):
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, once one was made without. It needs `update_interval=1`; a
             tensor `lr` must be on the device. No step waits for the device, captured or not.
+        mesh: a DeviceMesh of ranks that share the work on parameters which each of them has, as under
+            DistributedDataParallel; for DTensors it is their own. All its ranks must call `step` and `state_dict` together.
+        transport_dtype: torch.bfloat16 or torch.float32, in which gradients and updates travel; None: the parameter's.
         unknown: options of other optimizers, as long as they are false.
 
     A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;

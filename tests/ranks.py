@@ -5,7 +5,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class Layout:
     @property
     def options(self) -> dict[str, Any]:
         """Of an optimizer: where parameters are DTensors it needs none."""
-        return {} if self.placements else {"mesh": self.mesh}
+        return {"mesh": self.mesh} if self.shape and not self.placements else {}
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -87,6 +87,7 @@ class Layout:
 
 Place = Callable[[Tensor], Tensor]
 
+ONE = Layout(())  # process, without a group
 LAYOUTS = {
     "FSDP over 2": Layout((2,), (Shard(0),)),
     "FSDP over 4": Layout((4,), (Shard(0),)),
@@ -125,18 +126,23 @@ GROUPS: tuple[tuple[dict[str, Any], dict[str, tuple[int, ...]]], ...] = (
     ({"split_sizes": (6, 2, 2), "num_heads": (2, 1, 1)}, {"fused": (10, 4)}),
     ({"algorithm": "adamw"}, {"table": (10, 3)}),
 )
+EVERY = tuple(name for _, shapes in GROUPS for name in shapes)
+SOME = "few", "odd", "vector", "experts", "fused", "table"  # of each kind, where the shape is not what matters
 
 
 class Model(nn.Module):
-    """The parameters of `GROUPS`, the same in every process."""
+    """Parameters of `GROUPS`, the same in every process."""
 
-    def __init__(self, place: Place = torch.clone, dtype: torch.dtype = torch.float32, seed: int = 0):
+    def __init__(
+        self, place: Place = torch.clone, names: Sequence[str] = SOME, dtype: torch.dtype = torch.float32, seed: int = 0
+    ):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for _, shapes in GROUPS:
             for name, shape in shapes.items():
-                x = torch.randn(shape, generator=generator).to(dtype)
-                self.register_parameter(name, nn.Parameter(place(x)))
+                if name in names:
+                    x = torch.randn(shape, generator=generator).to(dtype)
+                    self.register_parameter(name, nn.Parameter(place(x)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Case:
         """For a `Model`, in the groups above."""
         named = dict(model.named_parameters())
         uncut = {"split_sizes": None, "num_heads": None} if self.options.get("per_axis") else {}
-        groups = [{"params": [named[name] for name in shapes]} | own | uncut for own, shapes in GROUPS]
+        groups = [{"params": [named[name] for name in shapes if name in named]} | own | uncut for own, shapes in GROUPS]
         return self.kind(groups, **({"lr": 0.02} | self.options | more))
 
 

@@ -1,6 +1,6 @@
 """Distributed checkpoints from two processes, each with the whole model: written together, and one process's for all.
 
-Parameters sharded over processes (DTensor) are not supported yet.
+Models that processes share are in `test_distributed_checkpoint.py`.
 """
 
 import copy

@@ -27,7 +27,10 @@ from torch.optim import Optimizer
 
 from spectral_ops.optim import IFShampoo, KrADagradStar, SpectralKron
 from tests.ranks import (
+    EVERY,
     LAYOUTS,
+    ONE,
+    SOME,
     Case,
     Layout,
     Model,
@@ -49,17 +52,14 @@ CASES = {
     "IFShampoo per axis": Case(IFShampoo, {"per_axis": True}),
     "KrADagradStar": Case(KrADagradStar, {"weight_decay": 0.1}),
 }
-two_cases = pytest.mark.parametrize("case", ["SpectralKron bf16", "IFShampoo"])
-ONE = Layout(())  # process, without a group
-
 Run = tuple[Model, Optimizer, Place]
 Want = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-def begin(layout: Layout, case: Case, seed: int = 0) -> Run:
-    place = layout.placer() if layout is not ONE else torch.clone
-    model = Model(place, seed=seed)
-    return model, case.build(model, **(layout.options if layout is not ONE else {})), place
+def begin(layout: Layout, case: Case, **named: Any) -> Run:
+    place = layout.placer()
+    model = Model(place, **named)
+    return model, case.build(model, **layout.options), place
 
 
 def save(model: nn.Module, optimizer: Optimizer, folder: Path, **options: bool) -> None:
@@ -88,27 +88,17 @@ def uninterrupted(case: Case, steps: int) -> Want:
     return parameters(model), states(optimizer)
 
 
-def leg(layout: Layout, case: Case, steps: range, source: Path | None, target: Path, want: Want) -> None:
-    """A part of a run: from one checkpoint, or the start, to another."""
-    model, optimizer, place = begin(layout, case, seed=0 if source is None else 1)
-    if source is not None:
-        load(model, optimizer, source)
-    train(model, optimizer, steps, place)
-    save(model, optimizer, target)
-    assert_close(parameters(model), want[0])
-    if steps.start == 8:  # the last one
-        assert_close(states(optimizer), want[1])
-
-
-def travel(layouts: list[Layout], case: Case, folder: Path) -> None:
-    """Four steps in each layout, every one in new processes."""
-    for i, layout in enumerate(layouts):
-        source, target = (folder / str(i) if i else None), folder / str(i + 1)
-        args = layout, case, range(4 * i, 4 * (i + 1)), source, target, uninterrupted(case, 4 * (i + 1))
-        if layout is ONE:
-            leg(*args)
-        else:
-            spawn(layout.world, leg, *args)
+def leg(layout: Layout, cases: dict[str, Case], number: int, folder: Path, want: dict[str, Want]) -> None:
+    """A part of a run of each case: from one checkpoint, or the start, to another."""
+    for kind, case in cases.items():
+        model, optimizer, place = begin(layout, case, seed=number)
+        if number:
+            load(model, optimizer, folder / f"{kind} {number}")
+        train(model, optimizer, range(4 * number, 4 * (number + 1)), place)
+        save(model, optimizer, folder / f"{kind} {number + 1}")
+        assert_close(parameters(model), want[kind][0])
+        if number == 2:  # the last one
+            assert_close(states(optimizer), want[kind][1])
 
 
 ROUTES = {
@@ -120,71 +110,61 @@ ROUTES = {
 }
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_run_goes_on_with_other_ranks(route, tmp_path):
+    """Four steps in each layout, every one in new processes; other optimizers on the first route."""
+    first = route == "4, 2, 4 ranks"
+    cases = {kind: case for kind, case in CASES.items() if (kind != "SpectralKron") == first}
+    for number, name in enumerate(ROUTES[route]):
+        want = {kind: uninterrupted(case, 4 * (number + 1)) for kind, case in cases.items()}
+        if name is None:
+            leg(ONE, cases, number, tmp_path, want)
+        else:
+            spawn(LAYOUTS[name].world, leg, LAYOUTS[name], cases, number, tmp_path, want)
+
+
 @pytest.mark.parametrize(
-    ("route", "case"), [*((route, "SpectralKron") for route in ROUTES), *(("4, 2, 4 ranks", case) for case in list(CASES)[1:])]
+    ("layout", "case", "flat"),
+    [
+        ("FSDP over 4", "SpectralKron bf16", False),
+        ("FSDP over 4", "IFShampoo", True),
+        ("HSDP 2 x 2", "SpectralKron bf16", False),
+        ("plain over 4", "SpectralKron bf16", True),
+        ("plain over 4", "IFShampoo", False),
+    ],
 )
-def test_a_run_goes_on_with_other_ranks(route, case, tmp_path):
-    travel([LAYOUTS[name] if name else ONE for name in ROUTES[route]], CASES[case], tmp_path)
-
-
-@two_cases
-@pytest.mark.parametrize("layout", ["FSDP over 4", "HSDP 2 x 2", "plain over 4"])
-def test_a_run_goes_on_with_the_same_ranks_bit_for_bit(layout, case, tmp_path):
-    """Against the run of as many ranks that was not stopped."""
+def test_a_run_goes_on_with_the_same_ranks_bit_for_bit(layout, case, flat, tmp_path):
+    """Against the run of as many ranks that was not stopped; also with the state flattened."""
     case = CASES[case]
 
-    def first() -> None:
+    def check() -> None:
         model, optimizer, place = begin(LAYOUTS[layout], case)
         train(model, optimizer, range(5), place)
-        save(model, optimizer, tmp_path / "half")
-        train(model, optimizer, range(5, 10), place)
-        end = {"parameters": parameters(model), "state": states(optimizer)}
-        if dist.get_rank() == 0:
-            torch.save(end, tmp_path / "end.pt")
-
-    def second() -> None:
-        model, optimizer, place = begin(LAYOUTS[layout], case, seed=1)
-        load(model, optimizer, tmp_path / "half")
-        train(model, optimizer, range(5, 10), place)
-        end = torch.load(tmp_path / "end.pt")
-        assert_same_bits(parameters(model), end["parameters"])
-        assert_same_bits(states(optimizer), end["state"])
-
-    spawn(4, first)
-    spawn(4, second)
-
-
-@pytest.mark.parametrize("layout", ["FSDP over 4", "plain over 4"])
-def test_flattened_states_go_through_too(layout, tmp_path):
-    case = CASES["SpectralKron"]
-
-    def run() -> None:
-        model, optimizer, place = begin(LAYOUTS[layout], case)
-        train(model, optimizer, range(3), place)
-        save(model, optimizer, tmp_path, flatten_optimizer_state_dict=True)
+        save(model, optimizer, tmp_path, flatten_optimizer_state_dict=flat)
         other, second, _ = begin(LAYOUTS[layout], case, seed=1)
-        load(other, second, tmp_path, flatten_optimizer_state_dict=True)
-        assert_same_bits(states(second), states(optimizer))
-        train(model, optimizer, range(3, 5), place)
-        train(other, second, range(3, 5), place)
+        load(other, second, tmp_path, flatten_optimizer_state_dict=flat)
+        for each, its in (model, optimizer), (other, second):
+            train(each, its, range(5, 10), place)
         assert_same_bits(parameters(other), parameters(model))
+        assert_same_bits(states(second), states(optimizer))
 
-    spawn(4, run)
+    spawn(4, check)
 
 
 @pytest.mark.parametrize(
-    ("layout", "case"),
-    [("FSDP over 4", "SpectralKron bf16"), ("HSDP 2 x 2", "SpectralKron"), ("plain over 4", "IFShampoo")],
+    ("layout", "case", "names"),
+    [("FSDP over 4", "SpectralKron bf16", EVERY), ("HSDP 2 x 2", "SpectralKron", SOME), ("plain over 4", "IFShampoo", SOME)],
+    ids=["FSDP", "HSDP", "plain"],
 )
-def test_the_full_state_is_that_of_one_process(layout, case):
+def test_the_full_state_is_that_of_one_process(layout, case, names):
     """On the first rank every name, shape and number; which, sent to all ranks, restores them."""
     case = CASES[case]
-    one, alone, _ = begin(ONE, case)
+    one, alone, _ = begin(ONE, case, names=names)
     train(one, alone, range(5))
     want = get_optimizer_state_dict(one, alone, options=StateDictOptions(full_state_dict=True))
 
     def run() -> None:
-        model, optimizer, place = begin(LAYOUTS[layout], case)
+        model, optimizer, place = begin(LAYOUTS[layout], case, names=names)
         train(model, optimizer, range(5), place)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_optimizer_state_dict(model, optimizer, options=options)
@@ -197,38 +177,38 @@ def test_the_full_state_is_that_of_one_process(layout, case):
                 assert {key: mine[key] for key in group} == group
         else:
             assert not full
-        other, second, _ = begin(LAYOUTS[layout], case, seed=1)
+        other, second, _ = begin(LAYOUTS[layout], case, names=names, seed=1)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(other, second, full, options=options)
         assert_same_bits(states(second), states(optimizer))
         with torch.no_grad():
             for p, q in zip(other.parameters(), model.parameters(), strict=True):
                 p.copy_(q)
-        train(model, optimizer, range(5, 8), place)
-        train(other, second, range(5, 8), place)
+        train(model, optimizer, range(5, 7), place)
+        train(other, second, range(5, 7), place)
         assert_same_bits(parameters(other), parameters(model))
 
     spawn(4, run)
 
 
 @pytest.mark.parametrize("layout", ["FSDP over 4", "plain over 4"])
-@pytest.mark.parametrize("source", ["FSDP over 4", None], ids=["sharded", "one process"])
-def test_load_state_dict_takes_what_state_dict_gives_and_that_of_one_process(layout, source):
+def test_load_state_dict_takes_what_state_dict_gives_and_that_of_one_process(layout):
     case = CASES["SpectralKron"]
     one, alone, _ = begin(ONE, case)
     train(one, alone, range(4))
     whole_state, want = alone.state_dict(), uninterrupted(case, 8)
 
-    def run() -> None:
-        model, optimizer, place = begin(LAYOUTS[layout], case)
-        train(model, optimizer, range(4), place)
-        second = case.build(model, **LAYOUTS[layout].options)
-        second.load_state_dict(optimizer.state_dict() if source else whole_state)
-        train(model, second, range(4, 8), place)
-        assert_close(parameters(model), want[0])
-        assert_close(states(second), want[1])
+    def check() -> None:
+        for sharded in True, False:
+            model, optimizer, place = begin(LAYOUTS[layout], case)
+            train(model, optimizer, range(4), place)
+            second = case.build(model, **LAYOUTS[layout].options)
+            second.load_state_dict(optimizer.state_dict() if sharded else whole_state)
+            train(model, second, range(4, 8), place)
+            assert_close(parameters(model), want[0])
+            assert_close(states(second), want[1])
 
-    spawn(4, run)
+    spawn(4, check)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +236,11 @@ def test_a_state_dict_is_of_dtensors_or_equal_on_every_rank(layout, case):
     spawn(4, run)
 
 
-@two_cases
-@pytest.mark.parametrize("layout", ["FSDP over 4", "plain over 4"])
+@pytest.mark.parametrize(("layout", "case"), [("FSDP over 4", "SpectralKron bf16"), ("plain over 4", "IFShampoo")])
 def test_a_step_of_zeros_with_no_learning_rate_changes_nothing(layout, case):
     """By which DCP makes the state that it loads to."""
     case = CASES[case]
-    want, want_state = uninterrupted(case, 12)
+    want, _ = uninterrupted(case, 5)
 
     def run() -> None:
         model, optimizer, place = begin(LAYOUTS[layout], case)
@@ -269,9 +248,8 @@ def test_a_step_of_zeros_with_no_learning_rate_changes_nothing(layout, case):
         get_optimizer_state_dict(model, optimizer)
         assert_same_bits(parameters(model), start)
         assert all(not x.any() for name, x in states(optimizer).items() if name.endswith(("step", "skipped")))
-        train(model, optimizer, range(12), place)
+        train(model, optimizer, range(5), place)
         assert_close(parameters(model), want)
-        assert_close(states(optimizer), want_state)
 
     spawn(4, run)
 
@@ -353,7 +331,7 @@ def test_modules_go_on_in_other_wrappers(route: list[tuple[str, int]], tmp_path:
     model = network()
     optimizer = SpectralKron(model.parameters(), lr=0.02, weight_decay=0.1)
     for i, (kind, world) in enumerate(route):
-        steps = range(5 * i, 5 * (i + 1))
+        steps = range(4 * i, 4 * (i + 1))
         fit(model, optimizer, steps)
         args: tuple[Any, ...] = kind, steps, tmp_path / str(i) if i else None, tmp_path / str(i + 1), parameters(model)
         spawn(world, module_leg, *args)

@@ -2,17 +2,21 @@
 
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fsdp2.py"
-MARGIN = 15  # seconds, for a process to start and to end
+SECONDS = 60  # of a run that nothing happens to
+MARGIN = 15  # seconds, for a process to end
 
 
 def free_port() -> str:
@@ -21,53 +25,81 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run(*arguments: str, ranks: int = 2) -> dict[int, str]:
-    """The losses that it prints, by step, in all digits."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port", free_port()]
-    command = [*launcher, str(EXAMPLE), "--preset", "tiny", "--timeout", "60", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def _rank(environment: dict[str, str], arguments: tuple[str, ...], output: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    sys.argv = [str(EXAMPLE), "--preset", "tiny", *arguments]
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def start(folder: Path, *arguments: str, ranks: int = 2) -> list[ForkProcess]:
+    """The script in so many processes, each with a file for what it writes."""
+    runpy.run_path(str(EXAMPLE))  # imports what it needs, and processes forked here need not
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+        processes.append(ForkProcess(target=_rank, args=(environment, arguments, folder / f"{rank}.txt")))
+        processes[-1].start()
+    return processes
+
+
+def losses(printed: str) -> dict[int, str]:
+    """By step, in all digits."""
+    return {int(step): loss for step, loss in re.findall(r"^step (\d+)  loss (\S+)$", printed, re.M)}
+
+
+def run(folder: Path, *arguments: str, ranks: int = 2) -> dict[int, str]:
+    processes = start(folder, "--timeout", str(SECONDS), *arguments, ranks=ranks)
+    for process in processes:
+        process.join(SECONDS)
+    for process in processes:
+        process.kill()
+        process.join()
+    for rank, process in enumerate(processes):
+        assert process.exitcode == 0, (folder / f"{rank}.txt").read_text()
+    return losses((folder / "0.txt").read_text())
+
+
+def launch(*arguments: str) -> dict[int, str]:
+    """By torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
+    command = [*launcher, str(EXAMPLE), "--preset", "tiny", "--timeout", str(SECONDS), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS)
     assert done.returncode == 0, done.stderr
-    return {int(step): loss for step, loss in re.findall(r"^step (\d+)  loss (\S+)$", done.stdout, re.M)}
+    return losses(done.stdout)
 
 
 def test_it_learns_and_resumes(tmp_path: Path) -> None:
-    whole = run("--steps", "12")
+    whole = run(tmp_path, "--steps", "12")
     assert float(whole[1]) > 5.4 and float(whole[12]) < 3.5
-    first = run("--steps", "7", "--checkpoint", str(tmp_path))
-    second = run("--steps", "12", "--checkpoint", str(tmp_path), "--resume")
+    checkpoint = "--checkpoint", str(tmp_path / "checkpoint")
+    first = run(tmp_path, "--steps", "7", *checkpoint)
+    second = launch("--steps", "12", *checkpoint, "--resume")
     assert min(second) == 8 and first | second == whole
 
 
-def test_replicas_learn_the_same() -> None:
-    sharded, replicated = run("--steps", "8"), run("--steps", "8", "--replicas", "2", ranks=4)
-    assert len(replicated) == 8
+def test_replicas_learn_the_same(tmp_path: Path) -> None:
+    sharded, replicated = run(tmp_path, "--steps", "6"), run(tmp_path, "--steps", "6", "--replicas", "2", ranks=4)
+    assert len(replicated) == 6
     assert [float(x) for x in replicated.values()] == pytest.approx([float(x) for x in sharded.values()], abs=2e-3)
 
 
-@pytest.mark.parametrize("lost, timeout", [(signal.SIGKILL, 20), (signal.SIGSTOP, 8)])
-def test_a_lost_rank_ends_the_others(lost: signal.Signals, timeout: int) -> None:
+@pytest.mark.parametrize("lost, timeout", [(signal.SIGKILL, 20), (signal.SIGSTOP, 6)])
+def test_a_lost_rank_ends_the_others(lost: signal.Signals, timeout: int, tmp_path: Path) -> None:
     """Dead, its connections break; stopped, they do not, and only the time tells."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(EXAMPLE), "--preset", "tiny", "--steps", "100000", "--timeout", str(timeout)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    output, end = tmp_path / "0.txt", time.monotonic() + SECONDS
+    ranks = start(tmp_path, "--steps", "100000", "--timeout", str(timeout))
     try:
-        assert ranks[0].stdout is not None
-        assert any(line.startswith("step ") for line in ranks[0].stdout)
-        ranks[1].send_signal(lost)
-        start = time.monotonic()
-        _, error = ranks[0].communicate(timeout=timeout + MARGIN)
-        assert ranks[0].returncode not in (0, None) and "Error" in error
-        assert time.monotonic() - start < timeout + MARGIN
+        while not (output.exists() and losses(output.read_text())):
+            assert ranks[0].is_alive() and time.monotonic() < end
+            time.sleep(0.05)
+        assert ranks[1].pid is not None
+        os.kill(ranks[1].pid, lost)
+        ranks[0].join(timeout + MARGIN)
+        assert ranks[0].exitcode not in (0, None) and "Error" in output.read_text()
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.join()
