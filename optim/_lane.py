@@ -102,7 +102,7 @@ class Lane:
         shared, optimizer = self.sharing, self.sharing.optimizer
         at = shared.index(tuple(self.units[k].member for k in batch.units))
         g += block(shared.flags[at]).to(g.dtype)
-        key = (batch.group, optimizer.layout(group), batch.pieces[0].dims, g.dtype, self.dtype)
+        key = (shared.mesh, batch.group, optimizer.layout(group), batch.pieces[0].dims, g.dtype, self.dtype)
         state = optimizer._stack(group, key, batch.pieces)
         due = schedule.rows(batch.pieces, group["step"]) if schedule else None
         whole = Batch(g, state, due, batch.pieces[0].dims, [theta], batch.pieces)
