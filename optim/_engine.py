@@ -334,9 +334,12 @@ class MatrixOptimizer(Optimizer):
         places: dict[Any, list[tuple[int, int]]] = {}
         for number, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                mesh = mesh_of(p) or (self.mesh if self._is_matrix(group, i) else None)
-                known = mesh in self._sharings and id(p) in self._sharings[mesh].numbers
-                if mesh is not None and p.numel() and (p.requires_grad or p.grad is not None or known):
+                mesh = mesh_of(p)
+                if mesh is None and self.mesh is not None and self._is_matrix(group, i):
+                    mesh = self.mesh
+                if mesh is None or not p.numel():
+                    continue
+                if p.requires_grad or p.grad is not None or self._sharing_of(p) is not None:
                     places.setdefault(mesh, []).append((number, i))
         if not places:
             return []

@@ -74,9 +74,9 @@ class Message:
         self, sent: list[list[Part]], received: list[list[Part]], tensors: Mapping[int, Tensor | None],
         dtype: torch.dtype, device: torch.device, group: Any,
     ):  # fmt: skip
-        counts, self.counts = ([sum(part.numel for part in parts) for parts in each] for each in (sent, received))
+        counts, coming = ([sum(part.numel for part in parts) for parts in each] for each in (sent, received))
         self.parts = [part for parts in received for part in parts]
-        self.buffer = torch.empty(sum(self.counts), dtype=dtype, device=device)
+        self.buffer = torch.empty(sum(coming), dtype=dtype, device=device)
         self.sent = torch.empty(sum(counts), dtype=dtype, device=device)
         going = [part for parts in sent for part in parts]
         targets, sources = [], []
@@ -91,7 +91,7 @@ class Message:
         # As bytes, since not every backend sends every dtype.
         width = self.buffer.element_size()
         self.work = dist.all_to_all_single(
-            self.buffer.view(torch.uint8), self.sent.view(torch.uint8), [width * count for count in self.counts],
+            self.buffer.view(torch.uint8), self.sent.view(torch.uint8), [width * count for count in coming],
             [width * count for count in counts], group=group, async_op=True,
         )  # fmt: skip
 

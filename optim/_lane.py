@@ -79,9 +79,11 @@ class Lane:
         """Advance the state of what this rank owns, and send its updates."""
         grads = [self._stack(batch, batch.pieces[0].parameter.dtype) for batch in self.batches]
         self.message.unpack(self._matrices(grads))
-        thetas = [torch.empty_like(g) for g in grads] if self.parameters is not None else []
+        thetas: list[Tensor] = []
         if self.parameters is not None:
+            thetas = [torch.empty_like(g) for g in grads]
             self.parameters.unpack(self._matrices(thetas))
+            self.parameters = None
         updates = [self._step(batch, grads[k], thetas[k : k + 1], *work[batch.group]) for k, batch in enumerate(self.batches)]
         self.message = self.exchange.to_holders(self._matrices(updates), self.dtype, self.sharing.device)
 
@@ -134,3 +136,4 @@ class Lane:
         torch.nan_to_num_(change, nan=0.0, posinf=math.inf, neginf=-math.inf)
         if params:
             torch._foreach_add_(params, changes)
+        del self.message  # its memory is wanted elsewhere until the next step

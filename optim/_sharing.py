@@ -123,9 +123,9 @@ class Sharing:
             for piece in self.optimizer._pieces(number, group, m.i)
         ]
         costs = {
-            (id(self.members[j].p), piece.start, number): _owners.cost(piece.dims, limit)
+            (id(self.members[j].p), piece.start, k): _owners.cost(piece.dims, limit)
             for j, piece in cut
-            for number in range(piece.count)
+            for k in range(piece.count)
         }
         for key in costs.keys() & self.owners.keys():
             self.loads[self.owners[key]] += costs[key]
@@ -220,6 +220,7 @@ class Sharing:
         """Change the parameters by their owners' updates."""
         for lane in self.lanes:
             lane.apply(work)
+        self.grads = []  # or they would live on after `zero_grad`
 
 
 def matrix_box(piece: Piece, number: int) -> Box:

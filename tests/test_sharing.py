@@ -1,11 +1,14 @@
 """What ranks share may grow, and travel in several dtypes at once."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from spectral_ops.optim import SpectralKron
+from spectral_ops.optim._exchange import Message
 from tests.ranks import LAYOUTS, ONE, Layout, assert_close, spawn, whole
 
 SHAPES = ((6, 4), (4, 6), (3, 5, 5), (7,))
@@ -76,5 +79,22 @@ def test_skipped_steps_are_remembered() -> None:
         other = SpectralKron(params)
         other.load_state_dict(optimizer.state_dict())
         assert other.skipped_steps() == 2 * (len(params) - 1)
+
+    spawn(layout.world, check)
+
+
+def test_nothing_of_a_step_lives_on_but_state() -> None:
+    """Gradients go with `zero_grad`, and so does what was sent and came."""
+    layout = LAYOUTS["plain over 4"]
+
+    def check() -> None:
+        p = nn.Parameter(torch.ones(6, 4))
+        optimizer = SpectralKron([p], weight_decay=0.1, **layout.options)
+        p.grad = torch.ones(6, 4)
+        gradient = weakref.ref(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert gradient() is None
+        assert not any(isinstance(x, Message) for x in gc.get_objects())
 
     spawn(layout.world, check)
