@@ -9,6 +9,7 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --constraint constraints.txt
 READY := $(VENV)/.ready
+COMPLETE := $(VENV)/.complete
 
 # One thread: several threads are slower on matrices of this size, and timings vary with what else runs.
 export OMP_NUM_THREADS ?= 1
@@ -16,13 +17,13 @@ export OPENBLAS_NUM_THREADS ?= 1
 # `kernels/` and `optim/` at the root must not be importable under their own names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup train test bench soak aot gpu lint typecheck clean
+.PHONY: help setup train test bench soak aot gpu docs lint typecheck clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
 
-setup: $(READY) ## make .venv with the pinned versions
+setup: $(COMPLETE) ## make .venv with the pinned versions of everything
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -32,13 +33,18 @@ $(READY): pyproject.toml constraints.txt
 	@# torch first and alone: its wheel, for CPU or CUDA, decides which builds of the others fit.
 	$(PIP) torch
 	@[ "$$(uname -s)" != Linux ] || $(PIP) triton
-	$(PIP) --editable '.[bench,dev]'
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+# What training and benchmarks can do without: test tools, the documentation's generator, frameworks.
+$(COMPLETE): $(READY)
+	$(PIP) --editable '.[bench,dev,docs,frameworks]'
 	@touch $@
 
 train: $(READY) ## train the benchmark tasks with each method: table, CSV, PNG
 	$(RUN) -m spectral_ops.bench train $(ARGS)
 
-test: lint ## lint and run the tests
+test: lint ## lint and run the tests, those of documentation, examples and packages too
 	$(RUN) -m pytest --numprocesses auto $(ARGS)
 
 # ARGS go to all three programs, so of use is only --out DIR.
@@ -61,11 +67,14 @@ gpu: ## on a GPU, with the torch and triton of PYTHON: checks, timings, tiles, w
 	ln -s "$(CURDIR)"/spectral_ops/* "$(CURDIR)/kernels" "$(CURDIR)/optim" "$(CURDIR)/bench" "$$site/spectral_ops" && \
 	PYTHONPATH="$$site" $(PYTHON) -m spectral_ops.bench $(COMMAND) $(ARGS)
 
-lint: $(READY) ## ruff
+docs: $(COMPLETE) ## the documentation as a site in out/docs; fails on warnings
+	$(RUN) -m mkdocs build --strict $(ARGS)
+
+lint: $(COMPLETE) ## ruff
 	$(RUN) -m ruff check .
 
 # On a built wheel, since type checkers cannot follow the editable install.
-typecheck: $(READY) ## mypy on the installed wheel
+typecheck: $(COMPLETE) ## mypy on the installed wheel
 	@rm -rf build  # setuptools would pack what an older build left there
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site" "$(CURDIR)/build"' EXIT && \
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir "$$site" . && \
