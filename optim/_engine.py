@@ -157,6 +157,8 @@ class MatrixOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         param_group = plain(param_group)
+        if param_group.get("use_fallback") and param_group.get("algorithm") is None:  # as timm says it
+            param_group["algorithm"] = "adamw"
         params = param_group["params"]
         if not isinstance(params, Tensor | set):  # of which torch makes a list, and an error
             param_group = param_group | {"params": list(params)}
@@ -254,7 +256,13 @@ class MatrixOptimizer(Optimizer):
         """Perform one optimization step.
 
         Args:
-            closure: re-evaluates the model and returns the loss; its value is returned.
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient; a capture in a CUDA graph without `capturable=True`.
         """
         self._check_capture()
         loss = None
@@ -573,6 +581,9 @@ class MatrixOptimizer(Optimizer):
         """Load a state made by `state_dict()`. It is checked as a whole first: where it does not fit, nothing is changed.
 
         Unlike torch's own, this keeps dtypes: eigenvalues stay float32 under bfloat16 parameters.
+
+        Args:
+            state_dict: of the same optimizer with parameters of the same shapes.
 
         Raises:
             TypeError, ValueError: what does not fit, in a sentence that names the parameter.

@@ -28,6 +28,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def frameworks() -> None:
+    """timm, Lightning and transformers import torchvision, whose wheel on PyPI is built for GPUs. With PyTorch for a CPU its
+    operators do not load, and it cannot be imported where two of them have not even a name. Nothing here calls them."""
+    spec = importlib.util.find_spec("torchvision")
+    assert spec and spec.submodule_search_locations
+    (compiled,) = Path(spec.submodule_search_locations[0]).glob("_C*.so")
+    try:
+        torch.ops.load_library(compiled)
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` gives NaN, so that an element no program wrote shows."""
