@@ -16,12 +16,13 @@ COMMANDS = {
     "sharing": "reckon work, state and bytes where many GPUs share the matrices",
     "structures": "draw each structure of SINGD's factors",
     "report": "write RESULTS.md, its plots and the README's table",
+    "single-file": "write SpectralKron as one file that needs torch alone",
     "aot": "compile every kernel ahead of time and check it",
     "kernels": "time every operation against plain and compiled PyTorch",
     "tune": "find the fastest tiles on a GPU",
     "gpu": "everything that needs a GPU: checks, timings, tiles",
 }
-MODULES = {"model": "costs"}  # model.py is the transformer that is trained
+MODULES = {"model": "costs", "single-file": "single_file"}  # model.py is the transformer that is trained
 
 
 def main(argv: list[str]) -> None:
