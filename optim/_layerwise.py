@@ -228,6 +228,9 @@ class LayerOptimizer(PreconditionedOptimizer):
             weight: of the layer.
             inputs: `(rows, in (+ 1))`: `U = inputsᵀ inputs / rows`; the last column is the bias's.
             grad_outputs: `(rows, out)`: `G = grad_outputsᵀ grad_outputs`.
+
+        Raises:
+            ValueError: `weight` is of no layer that is trained.
         """
         self._refresh()
         if self._layers.get(weight) is None:
@@ -249,7 +252,11 @@ class LayerOptimizer(PreconditionedOptimizer):
             moments.sides[i].add(side, factor, rows, self.keeps_plain)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients, and the curvature that came with them."""
+        """Drop gradients, and the curvature that came with them.
+
+        Args:
+            set_to_none: gradients become None, not zeros.
+        """
         self._moments.clear()
         super().zero_grad(set_to_none)
 
@@ -299,7 +306,13 @@ class LayerOptimizer(PreconditionedOptimizer):
         """Perform one optimization step.
 
         Args:
-            closure: re-evaluates the model and returns the loss; its value is returned.
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            RuntimeError: gradients that were unscaled without `grad_scaler`; a sparse gradient.
         """
         self._refresh()
         loss = super().step(closure) if self._unscale() else None

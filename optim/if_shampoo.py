@@ -74,15 +74,16 @@ class IFShampoo(KroneckerOptimizer):
         max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of factors and their momenta; None: the parameter's (float32 for float16). bfloat16 factors are
             rounded stochastically.
-        adamw_betas, adamw_eps: of AdamW inside.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
         seed: of the stochastic rounding.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, once one was made without. It needs `update_interval=1`; a tensor
             `lr` must be on the device.
-        mesh: a DeviceMesh of ranks that share the work on parameters which each of them has, as under
-            DistributedDataParallel; for DTensors it is their own. All its ranks must call `step` and `state_dict` together.
-        transport_dtype: torch.bfloat16 or torch.float32, in which gradients and updates travel; None: the parameter's.
-        unknown: options of other optimizers, as long as they are false.
+        unknown: `mesh`, a DeviceMesh of ranks that share the work on parameters which each of them has, as under
+            DistributedDataParallel (for DTensors it is their own; all its ranks must call `step` and `state_dict` together);
+            `transport_dtype`, torch.bfloat16 or torch.float32, in which gradients and updates travel (None: the
+            parameter's); options of other optimizers, as long as they are false.
 
     A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;
     `skipped_steps()` counts that. Unlike in the paper's box, a gradient of zeros, or with a root mean square under 1e-15,

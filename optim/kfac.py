@@ -28,15 +28,32 @@ class KFAC(LayerOptimizer):
     not exist, since rounding has made a factor indefinite, that layer keeps its old factors.
 
     Args:
-        model, params, lr, momentum, damping, weight_decay, update_interval, loss_average, kfac_approx: as of SINGD.
+        model: whose layers are watched.
+        params: as of `SINGD`; None: all that require a gradient.
+        lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
+        momentum: `α₂`.
         preconditioner_lr: `β₁`, in (0, 1).
+        damping: `λ`.
+        weight_decay: `γ`.
+        update_interval: as of `SINGD`.
+        loss_average: as of `SINGD`.
         structures: of `S_K` and `S_C`: "dense", "diagonal" or "blockdiagonal{k}".
-        adamw_lr, update_scale, decoupled_weight_decay, max_preconditioner_dim: as of SINGD.
+        kfac_approx: as of `SINGD`.
+        adamw_lr: learning rate of AdamW, for parameters that are split off.
+        update_scale: as of `SINGD`.
+        decoupled_weight_decay: as of `SINGD`.
+        max_preconditioner_dim: larger sides have diagonal factors.
         preconditioner_dtype: of factors and inverses. bfloat16 is rounded to nearest.
-        grad_scaler, adamw_betas, adamw_eps, seed, maximize, capturable, unknown: as of SINGD.
+        grad_scaler: as of `SINGD`.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
+        seed: as of `SINGD`.
+        maximize: ascend.
+        capturable: as of `SINGD`.
+        unknown: options of other optimizers, as long as they are false.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as SINGD.
+        ValueError, TypeError, RuntimeError: as `SINGD`.
 
     Martens & Grosse, 2015; Fig. 3, left, of Lin et al., 2024, "Structured Inverse-Free Natural Gradient Descent".
     """

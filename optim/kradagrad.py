@@ -39,11 +39,25 @@ class KrADagradStar(KroneckerOptimizer):
     lose eigenvalues under the rounding error of the largest, even their sign, and diverge.
 
     Args:
+        params: parameters, named parameters, or groups, as of `IFShampoo`.
+        lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
+        momentum: decay of the average of gradients; 0 in the paper.
         damping: `λ`, in units of squared gradients.
-        batch_size: `b`.
+        weight_decay: as of `IFShampoo`.
+        batch_size: `b`, as of `IFShampoo`.
+        update_interval: as of `IFShampoo`.
         roots: "tracking", or "eigh": exact, by an eigendecomposition in every update.
+        update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; None: as it is.
+        decoupled_weight_decay: as of `IFShampoo`.
+        per_axis: a factor for each axis of a parameter, as of `IFShampoo`.
+        max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of bases and what is off the diagonal of `T`; roots are float32 at least.
-        others: as of `IFShampoo`.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
+        seed: of the stochastic rounding.
+        maximize: ascend.
+        capturable: the step may be captured in a CUDA graph, as of `IFShampoo`.
+        unknown: `mesh` and `transport_dtype`, as of `IFShampoo`; options of other optimizers, as long as they are false.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `IFShampoo`.
@@ -172,6 +186,30 @@ class KrADagrad(KrADagradStar):
     r"""KrADagrad: the two sides take turns, each seen through the other: `L ← L − L H L / t` with `H = b G R Gᵀ + λ m I`, the
     left one first, and `θ ← θ − lr · L^(1/2) G R^(1/2)`, whatever the number of axes. Its regret is not optimal. Options are
     those of `KrADagradStar`.
+
+    Args:
+        params: as of `KrADagradStar`.
+        lr: as of `KrADagradStar`.
+        momentum: as of `KrADagradStar`.
+        damping: as of `KrADagradStar`.
+        weight_decay: as of `KrADagradStar`.
+        batch_size: as of `KrADagradStar`.
+        update_interval: as of `KrADagradStar`.
+        roots: as of `KrADagradStar`.
+        update_scale: as of `KrADagradStar`.
+        decoupled_weight_decay: as of `KrADagradStar`.
+        per_axis: as of `KrADagradStar`.
+        max_preconditioner_dim: as of `KrADagradStar`.
+        preconditioner_dtype: as of `KrADagradStar`.
+        adamw_betas: as of `KrADagradStar`.
+        adamw_eps: as of `KrADagradStar`.
+        seed: as of `KrADagradStar`.
+        maximize: as of `KrADagradStar`.
+        capturable: as of `KrADagradStar`.
+        unknown: as of `KrADagradStar`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `IFShampoo`.
 
     Mei, Moreno, Walters, 2023, "KrADagrad: Kronecker Approximation-Domination Gradient Preconditioned Stochastic Optimization",
     (9) to (13), Sec. 3.2.

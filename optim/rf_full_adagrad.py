@@ -36,12 +36,26 @@ class RFFullAdaGrad(KroneckerOptimizer):
     are those of `IFShampoo`. All parameters are taken, whatever their dimensions, but for groups with `algorithm="adamw"`.
 
     Args:
+        params: parameters, named parameters, or groups, as of `IFShampoo`.
+        lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
+        momentum: `α₁`.
         preconditioner_lr: `β₂`, in (0, 1). None: 0.01 with `update_scale=None`, else 0.3.
         damping: `λ`, only with `inverse_free=False`.
+        weight_decay: `κ`.
+        batch_size: `b`, as of `IFShampoo`.
+        update_interval: as of `IFShampoo`.
         inverse_free: keep `S⁻¹` alone.
         gamma: `γ`: 0 for a sum, AdaGrad; 1 for a moving average.
+        update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; None: the paper's box.
+        decoupled_weight_decay: as of `IFShampoo`.
         max_preconditioner_dim: parameters of more elements keep a diagonal.
-        others: as of `IFShampoo`.
+        preconditioner_dtype: as of `IFShampoo`.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
+        seed: of the stochastic rounding.
+        maximize: ascend.
+        capturable: the step may be captured in a CUDA graph, as of `IFShampoo`.
+        unknown: `mesh` and `transport_dtype`, as of `IFShampoo`; options of other optimizers, as long as they are false.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `IFShampoo`.

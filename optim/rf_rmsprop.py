@@ -61,7 +61,8 @@ class RFRMSprop(RootFree):
         batch_size: `b`, over which the loss is a mean: a number, or a function without arguments that returns one and is
             called in every step. It is not part of a checkpoint then.
         decoupled_weight_decay: `θ ← θ − lr (m + κ θ)`, and no `κ θ` in `m`.
-        adamw_betas, adamw_eps: of AdamW inside.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, once one was made without. A tensor `lr` must be on the device.
         unknown: options of other optimizers, as long as they are false.
@@ -107,8 +108,19 @@ class RFAdaGrad(RootFree):
     r"""Diagonal AdaGrad without the square root: `RFRMSprop` with a sum, `s ← s + β₂ b g²`, in place of an average.
 
     Args:
+        params: parameters, named parameters, or groups.
+        lr: learning rate, a float or a tensor of one element.
+        weight_decay: `κ`.
+        eps: `λ`.
+        momentum: `α₁`.
         preconditioner_lr: `β₂`, in (0, 1).
-        others: as of `RFRMSprop`.
+        batch_size: `b`, as of `RFRMSprop`.
+        decoupled_weight_decay: `θ ← θ − lr (m + κ θ)`, and no `κ θ` in `m`.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
+        maximize: ascend.
+        capturable: as of `RFRMSprop`.
+        unknown: options of other optimizers, as long as they are false.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `RFRMSprop`.

@@ -32,11 +32,26 @@ class RFShampoo(KroneckerOptimizer):
     Cholesky decompositions, with 8 machine epsilons of their largest diagonal element added.
 
     Args:
+        params: parameters, named parameters, or groups, as of `IFShampoo`.
+        lr: learning rate, a float or a tensor of one element. With `update_scale="rms"` it means what AdamW's does.
+        momentum: `α₁`.
         preconditioner_lr: `β₂`, in (0, 1). None: 0.01 with `update_scale=None`, else 0.3.
         damping: `λ`.
+        weight_decay: `κ`.
+        batch_size: `b`, as of `IFShampoo`.
+        update_interval: as of `IFShampoo`.
         gamma: `γ`: 1 for a moving average, 0 for a sum.
-        others: as of `IFShampoo`; `preconditioner_dtype` is of factors and inverses, and bfloat16 resolves eigenvalues down
-            to a sixteenth of the largest only.
+        update_scale: "rms": every update has root mean square 0.2 before `lr`; "clip": at most 1; None: the paper's box.
+        decoupled_weight_decay: as of `IFShampoo`.
+        per_axis: a factor for each axis of a parameter, as of `IFShampoo`.
+        max_preconditioner_dim: larger sides keep a diagonal factor.
+        preconditioner_dtype: of factors and inverses; bfloat16 resolves eigenvalues down to a sixteenth of the largest only.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
+        seed: of the stochastic rounding.
+        maximize: ascend.
+        capturable: the step may be captured in a CUDA graph, as of `IFShampoo`.
+        unknown: `mesh` and `transport_dtype`, as of `IFShampoo`; options of other optimizers, as long as they are false.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `IFShampoo`.

@@ -88,7 +88,8 @@ class SINGD(LayerOptimizer):
             float16). bfloat16 factors are rounded stochastically.
         grad_scaler: the torch.amp.GradScaler, where gradients are unscaled before its `step`, as for clipping. Without it the
             scale is known from `GradScaler.step`.
-        adamw_betas, adamw_eps: of AdamW inside.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
         seed: of the stochastic rounding.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph together with the backward pass, once one was made without.
@@ -240,7 +241,17 @@ def _eigen(side: Structure, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor 
 
 class INGD(SINGD):
     """SINGD with dense factors, whose arguments it takes: Lin et al., 2023, "Simplifying Momentum-based Positive-definite
-    Submanifold Optimization with Applications to Deep Learning"; Fig. 4, left, of the paper of SINGD."""
+    Submanifold Optimization with Applications to Deep Learning"; Fig. 4, left, of the paper of SINGD.
+
+    Args:
+        model: whose layers are watched.
+        params: as of `SINGD`; None: all that require a gradient.
+        lr: learning rate, a float or a tensor of one element.
+        options: the others of `SINGD`, but for `structures`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `SINGD`.
+    """
 
     def __init__(self, model: nn.Module, params: Any = None, lr: float | Tensor = 1e-3, **options: Any):
         super().__init__(model, params, lr, structures=("dense", "dense"), **options)
@@ -248,7 +259,17 @@ class INGD(SINGD):
 
 class IKFAC(SINGD):
     """Inverse-free KFAC, `K ← K (I − β₁/2 (KᵀUK + λ KᵀK − I))`, which follows KFAC up to first order in `β₁` (Theorem 1): SINGD
-    with `kfac_like=True`, whose arguments it takes. Fig. 3, right, of Lin et al., 2024."""
+    with `kfac_like=True`, whose arguments it takes. Fig. 3, right, of Lin et al., 2024.
+
+    Args:
+        model: whose layers are watched.
+        params: as of `SINGD`; None: all that require a gradient.
+        lr: learning rate, a float or a tensor of one element.
+        options: the others of `SINGD`, but for `kfac_like` and `riemannian_momentum`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `SINGD`.
+    """
 
     def __init__(self, model: nn.Module, params: Any = None, lr: float | Tensor = 1e-3, **options: Any):
         super().__init__(model, params, lr, kfac_like=True, riemannian_momentum=0.0, **options)

@@ -77,12 +77,13 @@ class SpectralFull(MatrixOptimizer):
         max_preconditioner_dim: vectors of more elements keep a diagonal; a step costs some ten `n³` operations.
         preconditioner_dtype: of `B` and `R`; None: the parameter's (float32 for float16). bfloat16 is rounded stochastically.
             Eigenvalues are float32 (float64 for float64 parameters) always.
-        adamw_betas, adamw_eps: of AdamW inside.
+        adamw_betas: of AdamW inside.
+        adamw_eps: of AdamW inside.
         seed: of the stochastic rounding.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, see `SpectralKron`.
-        mesh, transport_dtype: see `SpectralKron`; with `joint=False` only.
-        unknown: options of other optimizers, as long as they are false.
+        unknown: `mesh` and `transport_dtype`, see `SpectralKron`, with `joint=False` only; options of other optimizers, as
+            long as they are false.
 
     Raises:
         ValueError, TypeError: options out of range, empty or complex parameters, in a sentence that names them.

@@ -75,15 +75,16 @@ class SpectralKron(MatrixOptimizer):
         max_preconditioner_dim: larger sides keep a diagonal factor.
         preconditioner_dtype: of `B_l` and the residuals; None: the parameter's (float32 for float16). bfloat16 factors are
             rounded stochastically. Eigenvalues and scales are float32 (float64 for float64 parameters) always.
-        adamw_betas, adamw_eps: of AdamW inside; the second beta and eps also of grafting.
+        adamw_betas: of AdamW inside; the second one also of grafting.
+        adamw_eps: of AdamW inside, and of grafting.
         seed: of the stochastic rounding.
         maximize: ascend.
         capturable: the step may be captured in a CUDA graph, once one was made without. It needs `update_interval=1`; a
             tensor `lr` must be on the device. No step waits for the device, captured or not.
-        mesh: a DeviceMesh of ranks that share the work on parameters which each of them has, as under
-            DistributedDataParallel; for DTensors it is their own. All its ranks must call `step` and `state_dict` together.
-        transport_dtype: torch.bfloat16 or torch.float32, in which gradients and updates travel; None: the parameter's.
-        unknown: options of other optimizers, as long as they are false.
+        unknown: `mesh`, a DeviceMesh of ranks that share the work on parameters which each of them has, as under
+            DistributedDataParallel (for DTensors it is their own; all its ranks must call `step` and `state_dict` together);
+            `transport_dtype`, torch.bfloat16 or torch.float32, in which gradients and updates travel (None: the
+            parameter's); options of other optimizers, as long as they are false.
 
     A parameter whose gradient has a NaN or an infinity, or whose square overflows, is left untouched with its state;
     `skipped_steps()` counts that.

@@ -57,8 +57,10 @@ class SpectralNES:
 
     Attributes:
         mean: `μ`, `(n,)`.
-        best, best_value: the best solution told and its value; `mean` and `inf` before there is one.
-        evaluations, generation: how many there were.
+        best: the best solution told; `mean` before there is one.
+        best_value: its value; `inf` before there is one.
+        evaluations: how many values were told.
+        generation: how many generations there were.
         factor: `S`; a diagonal one is a batch of `n` factors of size 1.
 
     Raises:
@@ -216,6 +218,9 @@ class SpectralNES:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over another object's state.
+
+        Args:
+            state_dict: what the other's `state_dict()` gave.
 
         Raises:
             ValueError: names or shapes differ; then nothing has changed.

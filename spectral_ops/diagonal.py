@@ -81,10 +81,13 @@ def diagonal_update(
     Not differentiable: parameters that require a gradient are changed under `torch.no_grad()`.
 
     Args:
-        params, grads, momenta, seconds: lists of equal length; the four tensors of a parameter have one shape, any dtypes.
-            All but the gradients are changed.
-        steps, skipped: lists of tensors of one element, float32 and int64: how many steps each tensor has made and skipped.
-            Changed; only "adamw" reads `steps`.
+        params: parameters. This list and the next five have one length, and `params`, `grads`, `momenta` and `seconds` of a
+            parameter one shape, any dtypes. Changed.
+        grads: gradients.
+        momenta: `m`. Changed.
+        seconds: `s`. Changed.
+        steps: tensors of one element, float32: how many steps each tensor has made. Changed; only "adamw" reads them.
+        skipped: tensors of one element, int64: how many steps each tensor has skipped. Changed.
         lr: a number, or a tensor of one element on the CPU or where the parameters are: there it is read without a
             synchronisation.
         rule: "rf", "rfw" or "adamw".

@@ -46,6 +46,9 @@ class _Factor:
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over copies of another factor's tensors, in the dtypes and on the device of this one's.
 
+        Args:
+            state_dict: what the other's `state_dict()` gave.
+
         Raises:
             ValueError, TypeError: names or shapes differ; then nothing has changed.
         """
@@ -286,7 +289,10 @@ class SpectralFactor(_Factor):
             root: any number but 0.
 
         Returns:
-            like `v`, computed in float32 (float64). With "tracking" the residual is left out.
+            Like `v`, computed in float32 (float64). With "tracking" the residual is left out.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape or device, or a root of 0.
         """
         op = f"{self.name}.apply"
         v = check.tensor(v, "v", op)
@@ -299,8 +305,15 @@ class SpectralFactor(_Factor):
         return (b @ (self.eigenvalues.pow(-1 / root).unsqueeze(-1) * (b.mT @ v.to(b.dtype)))).to(v.dtype)
 
     def matrix(self, power: float = 1.0) -> Tensor:
-        """`S^power`, `(..., n, n)`, in the dtype of the eigenvalues, bitwise symmetric. With "tracking", `S` itself is the
-        whole average; its other powers leave the residual out."""
+        """`S^power`, as a matrix.
+
+        Args:
+            power: any number.
+
+        Returns:
+            `(..., n, n)`, in the dtype of the eigenvalues, bitwise symmetric. With "tracking", `S` itself is the whole average;
+            its other powers leave the residual out.
+        """
         return _power(self.basis, self.eigenvalues, getattr(self, "residual", None), power)
 
     def inverse(self) -> Tensor:
@@ -324,19 +337,28 @@ class KroneckerFactor(_Factor):
     as much as the start, and it starts at that gradient's scale, whatever `scale` is.
 
     Args:
-        n, m: sizes of `S_C` and `S_K`.
+        n: size of `S_C`.
+        m: size of `S_K`.
         batch: leading dimensions, `()` for one matrix.
         scale: where `α` starts, a number or `(...)`.
         eigenvalues: where `d_C` and `d_K` start, numbers or `(..., n)` and `(..., m)`; they are divided by their geometric
             means, which go to `α`.
         bases: where `B_C` and `B_K` start; None: the identity.
-        others: as of `SpectralFactor`.
+        rotation: "riemannian" or "tracking".
+        cayley_order: as of `SpectralFactor`.
+        dtype: of bases and residuals, as of `SpectralFactor`.
+        device: of all tensors.
+        seed: of the stochastic rounding.
+        validate: read values to raise on flawed curvature, which waits for the device.
 
     Attributes:
-        basis_c, basis_k: `(..., n, n)` and `(..., m, m)`.
-        eigenvalues_c, eigenvalues_k: `(..., n)` and `(..., m)`.
+        basis_c: `B_C`, `(..., n, n)`.
+        basis_k: `B_K`, `(..., m, m)`.
+        eigenvalues_c: `d_C`, `(..., n)`.
+        eigenvalues_k: `d_K`, `(..., m)`.
         scale: `α`, `(...)`.
-        residual_c, residual_k: off-diagonal parts, "tracking" only.
+        residual_c: off-diagonal part of `S_C` in its basis, "tracking" only.
+        residual_k: that of `S_K`.
         updates: `(...)`, how many there were.
     """
 
@@ -456,7 +478,10 @@ class KroneckerFactor(_Factor):
             root: any number but 0; 1 is `S⁻¹ vec(g)`, −1 `S vec(g)`.
 
         Returns:
-            like `g`, see `spectral_ops.apply_root`. With "tracking" the residuals are left out.
+            Like `g`, see `spectral_ops.apply_root`. With "tracking" the residuals are left out.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape or device, or a root of 0.
         """
         op = f"{self.name}.apply"
         g = check.tensor(g, "g", op)
@@ -469,7 +494,14 @@ class KroneckerFactor(_Factor):
         return result
 
     def matrix(self, power: float = 1.0) -> Tensor:
-        """`S^power`, `(..., n·m, n·m)`, in the dtype of the eigenvalues. With "tracking", `S` itself is of whole averages."""
+        """`S^power`, as a matrix.
+
+        Args:
+            power: any number.
+
+        Returns:
+            `(..., n·m, n·m)`, in the dtype of the eigenvalues. With "tracking", `S` itself is of whole averages.
+        """
         s_c = _power(self.basis_c, self.eigenvalues_c, getattr(self, "residual_c", None), power)
         s_k = _power(self.basis_k, self.eigenvalues_k, getattr(self, "residual_k", None), power)
         return block(self.scale.pow(power)) * _kron(s_c, s_k)

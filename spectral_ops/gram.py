@@ -35,7 +35,8 @@ def gram(x: Tensor, scale: Tensor | None = None, *, alpha: float = 1.0, beta: fl
     Args:
         x: `(..., n, k)`, float64, float32, bfloat16 or float16; any strides, any size from 0 up.
         scale: `(..., k)`, the weight of each column of `x`; default: ones.
-        alpha, beta: Python numbers. A factor that changes from step to step belongs into `scale`.
+        alpha: a Python number. A factor that changes from step to step belongs into `scale`.
+        beta: a Python number, likewise.
         c: `(..., n, n)`, symmetric; needed if `beta` is not 0.
 
     Returns:

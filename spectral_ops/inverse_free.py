@@ -74,7 +74,8 @@ def inverse_free_update(
         k: `(b, n, n)`, factors. Changed.
         m: `(b, n, n)`, their Riemannian momenta, symmetric up to rounding. Changed.
         x: `(b, n, c)`, the curvature's root in the coordinates of `k`.
-        share, damping: `(b,)`.
+        share: `(b,)`, as above.
+        damping: `(b,)`, as above.
         usable: `(b,)` bool; the other matrices stay as they are. What is new must be finite, and so must its squares.
         step: of the factor, in [0, 1).
         decay: of the momentum.

@@ -117,10 +117,11 @@ def kron_track(
         beta: least share of the new curvature.
         damping: `λ`, in units of squared gradients.
         epsilon: relative eigenvalue gap under which rotations are damped.
-        limit, order: of the truncated Cayley map.
+        limit: of the truncated Cayley map, see `cayley_track`.
+        order: of that map.
 
     Returns:
-        `(b,)` bool: which gradients are finite.
+        Which gradients are finite, `(b,)` bool.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.

@@ -77,8 +77,10 @@ def apply_root(
 
     Args:
         g: `(..., n, m)`.
-        b_c, b_k: `(..., n, n)` and `(..., m, m)`, orthogonal; None: the identity on that side.
-        d_c, d_k: `(..., n)` and `(..., m)`, positive.
+        b_c: `(..., n, n)`, orthogonal; None: the identity on that side.
+        d_c: `(..., n)`, positive.
+        b_k: `(..., m, m)`, orthogonal; None: the identity on that side.
+        d_k: `(..., m)`, positive.
         alpha: a positive number, or one for each matrix.
         root: 1 is Newton-like, 2 Adam-like, 4 Shampoo's outer root; any positive number.
         return_squares: also return sums of squares of the result, so that its norm costs no further pass.

@@ -93,9 +93,8 @@ def gram_skew(x: Tensor, d: Tensor, scale: Tensor | None = None, *, tol: float =
         tol: relative gap under which two eigenvalues count as equal.
 
     Returns:
-        `skew`: `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric;
-        `diag_w`: `(..., n)`, float32 (float64 for float64);
-        `sq_norm`: `(...)`, `‖skew‖_F²` before rounding, float32 (float64 for float64).
+        `(skew, diag_w, sq_norm)`. `skew` is `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric; `diag_w` `(..., n)`,
+        float32 (float64 for float64); `sq_norm` `(...)`, `‖skew‖_F²` before rounding, float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device, or a negative `tol`.

@@ -68,9 +68,11 @@ def spectrum_update(
     `k_C` is the size of `d_k` and `k_K` that of `d_c`. Both sides use the old `d` and `alpha`.
 
     Args:
-        d_c, d_k: `(..., n)` and `(..., m)`, positive.
+        d_c: `(..., n)`, positive.
+        d_k: `(..., m)`, positive.
         alpha: `(...)`, positive.
-        diag_w_c, diag_w_k: `(..., n)` and `(..., m)`, the diagonals of the two sides' curvature.
+        diag_w_c: `(..., n)`, the diagonal of the left side's curvature.
+        diag_w_k: `(..., m)`, that of the right side's.
         beta2: share of the new curvature, a number or one for each matrix.
         gamma: 1 for a moving average, 0 for a sum.
         damping: `λ`, only of the truncated map.

@@ -146,10 +146,10 @@ def gram_track(
         epsilon: relative gap under which rotations are damped.
 
     Returns:
-        `generator`: `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric;
-        `d`: `(..., n)`, the new diagonal of `T`, float32 (float64 for float64);
-        `residual`: the new off-diagonal part, symmetric, in the old one's dtype (None if none was given);
-        `log_mean`: `(...)`, the logarithm of what `T` was divided by, for the scale `α`.
+        `(generator, d, residual, log_mean)`. `generator` is `(..., n, n)` in the dtype of `x`, bitwise skew-symmetric; `d`
+        `(..., n)`, the new diagonal of `T`, float32 (float64 for float64); `residual` the new off-diagonal part, symmetric, in
+        the old one's dtype (None if none was given); `log_mean` `(...)`, the logarithm of what `T` was divided by, for the
+        scale `α`.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, in a sentence that names the argument.

@@ -156,7 +156,8 @@ def parameter_update(
         u: `(b, n, m)`, the update.
         squares: `(b, parts)`, sums of squares of `u`, as `apply_root` returns them.
         finite: `(b,)` bool; the other matrices stay as they are.
-        step, skipped: `(b,)`, float32 and int64, counters; changed.
+        step: `(b,)`, float32, counter of updates; changed.
+        skipped: `(b,)`, int64, counter of steps without one; changed.
         lr: learning rate, a number or a tensor of one element, read on its device.
         weight_decay: decoupled.
         normalize: "rms", "clip" or "none".

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands."""
+"""What the README and the documentation say is so, beyond that their code runs: `tests/test_docs.py`."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,13 @@ from spectral_ops.bench.tasks import Text
 from spectral_ops.optim import param_groups
 from spectral_ops.structures import structure
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CHOOSING, CURVATURE, NUMERICS = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("choosing", "curvature", "numerics"))
 
 
-def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.S)
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.S)
 
 
 def test_the_drop_in_example_runs():
@@ -26,7 +28,7 @@ def test_the_drop_in_example_runs():
         def loss(self, batch):
             return self(batch).square().mean()
 
-    example, _, layers = examples()
+    (example,), (_, layers) = examples(README), examples(CURVATURE)
     for code in (example, layers):
         model, data = Model(4, 3), torch.randn(5, 8, 4)
         before = model.loss(data[0]).item()
@@ -35,7 +37,7 @@ def test_the_drop_in_example_runs():
 
 
 def test_the_curvature_example_runs():
-    _, example, _ = examples()
+    example, _ = examples(CURVATURE)
     gradients = torch.randn(200, 6) @ torch.randn(6, 6)
     names = {"gradients": gradients}
     exec(example, names)
@@ -45,8 +47,8 @@ def test_the_curvature_example_runs():
 
 
 def test_the_one_line_examples_run():
-    section = README.partition("Three things in `spectral_ops.optim` are built on it:\n")[2].partition("\nClaims")[0]
-    full, nes, spd = (line.strip() for line in section.splitlines() if line.strip())
+    section = CURVATURE.partition("`spectral_ops.optim` are built on it:\n\n")[2].partition("\n\n")[0]
+    full, nes, spd = (line.strip() for line in section.splitlines())
     names = {name: getattr(optim, name) for name in optim.__all__} | {"torch": torch, "model": nn.Linear(3, 2)}
     assert "joint: True" in repr(eval(full, names))
     names["function"] = lambda w: (w - 1).square().sum(-1)
@@ -57,11 +59,11 @@ def test_the_one_line_examples_run():
 
 def test_the_routing_table_is_what_param_groups_prints():
     table = str(param_groups(Text().model()))
-    assert "\n".join(f"    {line}" for line in table.splitlines()) in README
+    assert "\n".join(f"    {line}" for line in table.splitlines()) in CHOOSING
 
 
 def test_the_sizes_of_structures():
-    section = README.partition("| structure of a factor")[2].partition("\n\n")[0]
+    section = CURVATURE.partition("| structure of a factor")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (`.+?`)(?:: .*?)? \| `(.+)` \|$", section, re.M)
     assert len(rows) == 6
     for names, formula in rows:
@@ -71,7 +73,7 @@ def test_the_sizes_of_structures():
 
 
 def state_rows() -> list[tuple[str, str, str]]:
-    section = README.partition("## State\n")[2].partition("\n## ")[0]
+    section = CHOOSING.partition("## State\n")[2].partition("\n## ")[0]
     return re.findall(r"^\| `(.+?)`.* \| (\w+) \| `(.+)` \|$", section, re.M)
 
 
@@ -90,7 +92,7 @@ def test_the_state_formulas(name, dtype, formula, n, m):
 
 def test_the_number_of_faults():
     count = f"{len(OPTIMIZERS) * len(FAULTS)} cases: {len(OPTIMIZERS)} kinds of optimizer x {len(FAULTS)} faults"
-    assert count in README
+    assert count in NUMERICS
 
 
 def test_every_optimizer_has_a_formula():

@@ -11,7 +11,12 @@ from spectral_ops.structures.base import Symmetric, check_size, cholesky_inverse
 
 @dataclass(frozen=True)
 class BlockDiagonal(Symmetric):
-    """`n // k` blocks of `k × k` and a last one of `n mod k`: `⌊n/k⌋ k² + (n mod k)²` numbers, block by block, row by row."""
+    """`n // k` blocks of `k × k` and a last one of `n mod k`: `⌊n/k⌋ k² + (n mod k)²` numbers, block by block, row by row.
+
+    Args:
+        n: rows and columns.
+        k: rows and columns of a block.
+    """
 
     n: int
     k: int

@@ -15,6 +15,12 @@ class BlockTriangular(Structure):
 
     With a dense `A` (`k × k`) and a diagonal `D` this is a rank-k triangular matrix: `A Aᵀ` or its inverse is a diagonal one
     plus one of rank k. Hierarchical: upper, with `D = [[diagonal, 0], [·, dense]]`.
+
+    Args:
+        first: structure of `A`.
+        second: structure of `D`.
+        upper: as above.
+        name: what `structure` takes, if it has a name there; of no matter for equality.
     """
 
     first: Structure

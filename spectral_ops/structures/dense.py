@@ -10,7 +10,11 @@ from spectral_ops.structures.base import Symmetric, check_size, cholesky_inverse
 
 @dataclass(frozen=True)
 class Dense(Symmetric):
-    """`n²` numbers, row by row."""
+    """`n²` numbers, row by row.
+
+    Args:
+        n: rows and columns.
+    """
 
     n: int
 

@@ -28,7 +28,11 @@ def squares(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Diagonal(Symmetric):
-    """`n` numbers."""
+    """`n` numbers.
+
+    Args:
+        n: rows and columns.
+    """
 
     n: int
 

@@ -27,6 +27,9 @@ def structure(name: str, n: int) -> Structure:
             `triltoeplitz`, `triutoeplitz`.
         n: rows and columns, at least 0.
 
+    Returns:
+        an object without tensors, equal to any other of the same structure.
+
     Raises:
         ValueError: another name or size.
     """

@@ -21,6 +21,10 @@ class Toeplitz(Structure):
 
     A product is a convolution, a projection a correlation, of a signal with zeros after it: Fourier transforms, in
     `O(n log n)` for each column.
+
+    Args:
+        n: rows and columns.
+        upper: upper triangular, else lower.
     """
 
     n: int

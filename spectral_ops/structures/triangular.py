@@ -15,6 +15,10 @@ class Triangular(Structure):
     Numbers stand as in LAPACK's rectangular full packed format, of `Aᵀ` if `upper`: with `p = ⌈n/2⌉`, the first `p` columns of
     a lower triangle, and in the corner above them, which they leave free, the transposed triangle of the others. So packing
     is a few copies of whole rectangles, without a table of indices, which would be four times the matrix.
+
+    Args:
+        n: rows and columns.
+        upper: upper triangular, else lower.
     """
 
     n: int
