@@ -21,6 +21,7 @@ COMMANDS = {
     "kernels": "time every operation against plain and compiled PyTorch",
     "tune": "find the fastest tiles on a GPU",
     "gpu": "everything that needs a GPU: checks, timings, tiles",
+    "newcomer": "time the way from a clone to the first training curve",
 }
 MODULES = {"model": "costs", "single-file": "single_file"}  # model.py is the transformer that is trained
 
@@ -30,7 +31,14 @@ def main(argv: list[str]) -> None:
         lines = [f"  {name:12s}{text}" for name, text in COMMANDS.items()]
         print("usage: python -m spectral_ops.bench COMMAND [options]", *lines, sep="\n", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(f"spectral_ops.bench.{MODULES.get(argv[0], argv[0])}").main(argv[1:])
+    try:
+        importlib.import_module(f"spectral_ops.bench.{MODULES.get(argv[0], argv[0])}").main(argv[1:])
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "spectral_ops":
+            raise
+        source = package if package == "triton" else "'spectral-ops[bench]'"  # a dependency, but not on every system
+        raise SystemExit(f"{argv[0]}: {package} is not installed (pip install {source})") from None
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         saved = _load(options.resume) if options.resume else None
         experiment = Experiment(_experiment_options(options, saved and saved["options"]))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     experiment.prepare()
     if saved:
