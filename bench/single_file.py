@@ -6,9 +6,7 @@ python -m spectral_ops.bench single-file --check     # writes nothing; fails whe
 
 import argparse
 import ast
-import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,6 @@ COMMAND = "python -m spectral_ops.bench single-file"
 OUT = Path(__file__).resolve().parents[1] / "examples" / "spectral_kron.py"
 LIBRARY = reference.__name__  # from which functions are taken
 ALLOWED = sys.stdlib_module_names | {"torch"}
-# Of a function with a line for each parameter: indentation, name, parameters, the rest.
-SIGNATURE = re.compile(r"^( *)(def \w+)\(\n((?:\1    .+,\n){4,})\1(\).*:)$", re.MULTILINE)
-WIDTH = 128
 
 HEADER = '''# SPDX-License-Identifier: Apache-2.0
 """SpectralKron in one file: a preconditioned optimizer for transformers that needs no decomposition. Needs torch alone.
@@ -127,18 +122,9 @@ def inlined(program: Source, library: Source, title: str) -> str:
     for part in parts:
         if before is None or part.is_block or before.is_block:
             text += "\n\n"
-        text += f"{SIGNATURE.sub(_packed, part.text)}\n"
+        text += f"{part.text}\n"
         before = part
     return text
-
-
-def _packed(match: re.Match[str]) -> str:
-    """Parameters side by side: there are fewer lines to read."""
-    indent, name, parameters, rest = match.groups()
-    joined = " ".join(line.strip().replace(" ", "\xa0") for line in parameters.splitlines())  # broken only between two of them
-    inner = f"{indent}    "
-    filled = textwrap.fill(joined, WIDTH, initial_indent=inner, subsequent_indent=inner, break_on_hyphens=False)
-    return f"{indent}{name}(\n{filled}\n{indent}{rest}  # fmt: skip".replace("\xa0", " ")
 
 
 def _imports(imports: dict[str, tuple[str, str | None]]) -> str:

@@ -134,9 +134,19 @@ STREAM_STEP, STREAM_SIDE = 0x1E3779B97F4A7C15, 0x632BE59BD9B4E019  # odd, so tha
 
 
 def tracked(
-    x: Tensor, d: Tensor, b: Tensor | None, r: Tensor | None, weight: Tensor, share: Tensor, damping: Tensor, usable: Tensor,
-    seeds: Tensor | None, epsilon: float, limit: float, order: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    d: Tensor,
+    b: Tensor | None,
+    r: Tensor | None,
+    weight: Tensor,
+    share: Tensor,
+    damping: Tensor,
+    usable: Tensor,
+    seeds: Tensor | None,
+    epsilon: float,
+    limit: float,
+    order: int,
+) -> Tensor:
     """One side of the usable matrices, in place; the logarithm of what `T` was divided by."""
     if b is None:
         new, _, log_mean = tracked_diagonal(x, d, weight, share, damping)
@@ -153,10 +163,23 @@ def tracked(
 
 
 def kron_track(
-    g: Tensor, basis_c: Tensor | None, basis_k: Tensor | None, residual_c: Tensor | None, residual_k: Tensor | None,
-    d_c: Tensor, d_k: Tensor, scale: Tensor, updates: Tensor, seed: Tensor | None, beta: float, damping: float, epsilon: float,
-    limit: float, order: int, track: Callable[..., Tensor] = tracked,
-) -> Tensor:  # fmt: skip
+    g: Tensor,
+    basis_c: Tensor | None,
+    basis_k: Tensor | None,
+    residual_c: Tensor | None,
+    residual_k: Tensor | None,
+    d_c: Tensor,
+    d_k: Tensor,
+    scale: Tensor,
+    updates: Tensor,
+    seed: Tensor | None,
+    beta: float,
+    damping: float,
+    epsilon: float,
+    limit: float,
+    order: int,
+    track: Callable[..., Tensor] = tracked,
+) -> Tensor:
     g = raised(g)
     n, m = g.shape[-2:]
     mean_square = g.square().mean((-2, -1))
@@ -325,10 +348,19 @@ class SpectralKron(Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 2e-2, betas: tuple[float, float] = (0.9, 0.5), *, root: float | None = None,
-        weight_decay: float = 0.0, max_preconditioner_dim: int = 8192, preconditioner_dtype: torch.dtype | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8, seed: int = 0,
-    ):  # fmt: skip
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.5),
+        *,
+        root: float | None = None,
+        weight_decay: float = 0.0,
+        max_preconditioner_dim: int = 8192,
+        preconditioner_dtype: torch.dtype | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        seed: int = 0,
+    ):
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options | {"algorithm": None})
 
