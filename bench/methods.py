@@ -1,8 +1,10 @@
 """The methods that are compared, each with AdamW on the parameters that are not hidden matrices."""
 
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from spectral_ops.optim import param_groups
 
 Optimizers = list[torch.optim.Optimizer]
 Params = list[nn.Parameter]
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"  # where this runs from a checkout
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 
 
@@ -91,6 +94,17 @@ def _singd(model: nn.Module, params: Params, lr: float, **options: Any) -> torch
     return SINGD(model, params=params, lr=lr, **options)
 
 
+def _example(file: str, name: str) -> Callable[..., Optimizers]:
+    """An optimizer of examples/ that is made of the package's ops."""
+
+    def make(model: nn.Module, params: Params, lr: float, **options: Any) -> torch.optim.Optimizer:
+        kind = runpy.run_path(str(EXAMPLES / file), run_name="spectral_ops.examples")[name]
+        optimizer: torch.optim.Optimizer = kind(params, lr=lr, weight_decay=0.0, **options)
+        return optimizer
+
+    return _beside_adamw(make)
+
+
 def _ours(name: str, **fixed: Any) -> Callable[..., Optimizers]:
     """An optimizer of this package, with AdamW inside for the rest."""
 
@@ -130,6 +144,9 @@ BUILDERS: dict[str, Callable[..., Optimizers]] = {
     "psgd_kron_heavyball": _beside_adamw(partial(_heavyball, name="PSGDKron", preconditioner_update_probability=1.0)),
     "sirfshampoo": _beside_adamw(_sirfshampoo),
     "singd": _beside_adamw(_singd),
+    "soap_tracked": _example("soap_tracked.py", "TrackedSOAP"),
+    "muon_gram": _example("muon_gram.py", "MuonGram"),
+    "kl_shampoo": _example("kl_shampoo.py", "KLShampoo"),
     "spectral_kron": _ours("SpectralKron"),
     "spectral_kron_bf16": _ours("SpectralKron", preconditioner_dtype=torch.bfloat16),
     "spectral_kron_interval_2": _ours("SpectralKron", update_interval=2),
@@ -183,6 +200,18 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
         "refine": [1.0, 0.7, 1.4],
     },
+    "soap_tracked": {
+        "lr": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
+        "betas": [(0.95, 0.95), (0.9, 0.95), (0.9, 0.9)],
+        "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
+        "refine": [1.0, 0.7, 1.4],
+    },
+    "kl_shampoo": {
+        "lr": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
+        "betas": [(0.95, 0.9), (0.9, 0.9), (0.9, 0.7)],
+        "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
+        "refine": [1.0, 0.7, 1.4],
+    },
     "spectral_kron": {
         "lr": [3.75e-3, 7.5e-3, 1.5e-2, 3e-2, 6e-2],
         "betas": [(0.9, 0.5), (0.95, 0.5), (0.9, 0.75)],
@@ -223,11 +252,15 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("text", "adamw"): {"lr": 0.002, "betas": (0.9, 0.95), "rest_lr": 0.02, "refine": 0.7},
     ("text", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02, "refine": 1.4},
     ("text", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.003},
+    ("text", "soap_tracked"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.003, "refine": 1.4},
+    ("text", "kl_shampoo"): {"lr": 0.02, "betas": (0.9, 0.7), "rest_lr": 0.02},
     ("text", "if_shampoo"): {"lr": 0.04, "rest_lr": 0.003},
     ("text", "rf_rmsprop"): {"lr": 0.01, "rest_lr": 0.01, "refine": 1.4},
     ("digits", "adamw"): {"lr": 0.002, "betas": (0.9, 0.99), "rest_lr": 0.02, "refine": 0.7},
     ("digits", "muon"): {"lr": 0.02, "momentum": 0.8, "rest_lr": 0.02},
     ("digits", "soap"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.02, "refine": 1.4},
+    ("digits", "soap_tracked"): {"lr": 0.01, "betas": (0.9, 0.9), "rest_lr": 0.02},
+    ("digits", "kl_shampoo"): {"lr": 0.01, "betas": (0.9, 0.7), "rest_lr": 0.01},
     ("digits", "if_shampoo"): {"lr": 0.04, "rest_lr": 0.02},
     ("digits", "rf_rmsprop"): {"lr": 0.0025, "rest_lr": 0.02, "refine": 1.4},
     ("digits", "singd_dense_bf16"): {
@@ -257,6 +290,8 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
         "rest_lr": 0.01,
     },
 }
+for _task in ("text", "digits"):
+    TUNED[_task, "muon_gram"] = TUNED[_task, "muon"]
 # What has no search of its own takes what was chosen for SINGD in bf16; the moving average of KFAC has weights below 1.
 for _task in ("digits", "digits-conv"):
     TUNED[_task, "singd_hierarchical"] = TUNED[_task, "singd_hierarchical_bf16"]

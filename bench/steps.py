@@ -44,6 +44,7 @@ class Candidate:
     hooks: bool = False  # computes in the backward pass, which is timed with it
     compiled: bool = False
     plain: bool = False  # without the package's kernels
+    low: bool = False  # computes in bfloat16, whatever its options
 
     def build(self, model: nn.Module, **changed: Any) -> list[torch.optim.Optimizer]:
         return method(self.method, **({"lr": LR, "rest_lr": LR} | self.options | changed)).build(model)
@@ -76,6 +77,9 @@ CANDIDATES = {
     "PSGD-Kron": Candidate("psgd_kron"),
     "PSGD-Kron (heavyball)": Candidate("psgd_kron_heavyball"),
     "SIRFShampoo": Candidate("sirfshampoo"),
+    "SOAP, tracked": Candidate("soap_tracked"),
+    "Muon on gram": Candidate("muon_gram", low=True),
+    "KL-Shampoo": Candidate("kl_shampoo"),
     "SINGD": Candidate("singd", {"T": 1}, hooks=True),
     "SINGD, interval 10": Candidate("singd", {"T": 10}, period=10, hooks=True),
 }
@@ -112,6 +116,7 @@ ON_CPU = (
     "SOAP", "SOAP, interval 10", "SOAP (heavyball)", "Shampoo", "PSGD-Kron", "PSGD-Kron (heavyball)", "SIRFShampoo",
     "SINGD", "SINGD, interval 10",
 )  # fmt: skip
+REUSE = ("SOAP, tracked", "SOAP", "SOAP, interval 10", "Muon on gram", "Muon", "KL-Shampoo", "Shampoo", "SpectralKron", "AdamW")
 ON_GPU = (
     "SpectralKron", "SpectralKron, bf16 factors", "SpectralKron, bf16 factors, interval 2",
     "SpectralKron, bf16 factors, interval 10", "SpectralKron, without kernels", "IFShampoo", "IFShampoo, bf16 factors",
@@ -120,6 +125,7 @@ ON_GPU = (
 PEERS_ON_GPU = ("Muon, compiled", "SOAP, interval 2", "SOAP", "PSGD-Kron", "Shampoo, interval 2")
 SETTINGS = {
     "cpu": [
+        Setting("reuse", REUSE, rounds=20, width=96, layers=3, preset="default"),
         Setting("text", ON_CPU, rounds=20, width=96, layers=3, preset="default"),
         Setting("ViT-B block", BASIC, rounds=5, width=768, layers=1, shapes=block(768)),
         *(Setting("width", BASIC, rounds=8, width=w, layers=1, shapes=block(w)) for w in (64, 128, 256, 384)),
@@ -278,7 +284,8 @@ def gate(candidate: Candidate, shape: tuple[int, int], device: str) -> str:
     start = 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64)
     gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(GATE_STEPS)]
     moves = []
-    for dtype, changed in ((torch.float32, {}), (torch.float64, {"preconditioner_dtype": None})):
+    exact = {name: None for name in candidate.options if name == "preconditioner_dtype"}
+    for dtype, changed in ((torch.float32, {}), (torch.float64, exact)):
         model = Matrices([shape], 1).to(device, dtype)
         (p,) = model.parameters()
         with torch.no_grad():
@@ -291,7 +298,7 @@ def gate(candidate: Candidate, shape: tuple[int, int], device: str) -> str:
                     optimizer.step()
         moves.append(p.detach().double().cpu() - start.to(dtype).double())
     error = float(torch.linalg.vector_norm(moves[0] - moves[1]) / torch.linalg.vector_norm(moves[1]))
-    bound = BOUNDS[candidate.options.get("preconditioner_dtype", torch.float32)]
+    bound = BOUNDS[torch.bfloat16 if candidate.low else candidate.options.get("preconditioner_dtype", torch.float32)]
     return "passed" if error <= bound else f"failed: error {error:.1e} over {bound:.0e}"
 
 

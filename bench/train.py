@@ -98,19 +98,25 @@ class Experiment:
         texts = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in changed.items()}
         return [word for name, text in texts.items() for word in (f"--{name}", text)]
 
-    def report(self, out: Path) -> None:
-        unfinished = self.run.curve if self.run else None
-        runs = self.finished + ([unfinished] if unfinished else [])
+    def write(self, out: Path) -> list[Path]:
+        """The curves so far; no picture where there is nothing to draw with."""
+        runs = self.finished + ([self.run.curve] if self.run else [])
         source = output.provenance(self.options["device"]) | {"command": output.command("train", self.arguments())}
-        name = f"train-{self.options['task']}-{self.options['preset']}"
-        print(f"\n{curves.training_table(self.finished, unfinished)}\n\n{output.describe(source)}")
-        curves.write_curves(out / f"{name}.csv", runs, source)
-        print(out / f"{name}.csv")
+        path = out / f"train-{self.options['task']}-{self.options['preset']}.csv"
+        curves.write_curves(path, runs, source)
         try:
-            curves.plot_curves(out / f"{name}.png", runs, f"{self.options['task']}, {source['hardware']}")
-            print(out / f"{name}.png")
-        except ModuleNotFoundError as error:
-            print(f"no PNG: {error.name} is not installed (pip install 'spectral-ops[bench]')")
+            curves.plot_curves(path.with_suffix(".png"), runs, f"{self.options['task']}, {source['hardware']}")
+        except ModuleNotFoundError:
+            return [path]
+        return [path, path.with_suffix(".png")]
+
+    def report(self, out: Path) -> None:
+        table = curves.training_table(self.finished, self.run.curve if self.run else None)
+        print(f"\n{table}\n\n{output.describe(output.provenance(self.options['device']))}")
+        paths = self.write(out)
+        print(*paths, sep="\n")
+        if len(paths) == 1:
+            print("no PNG: matplotlib is not installed (pip install 'spectral-ops[bench]')")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         experiment.load(saved)
     checkpoint = options.checkpoint or options.resume
     try:
-        _train(experiment, checkpoint, options.checkpoint_every)
+        _train(experiment, options.out, checkpoint, options.checkpoint_every)
     except KeyboardInterrupt:
         experiment.report(options.out)
         print(f"interrupted; to continue: --resume {checkpoint}" if checkpoint else "interrupted")
@@ -146,7 +152,7 @@ def _load(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _train(experiment: Experiment, checkpoint: Path | None, every: int) -> None:
+def _train(experiment: Experiment, out: Path, checkpoint: Path | None, every: int) -> None:
     with _interruption_noted() as interrupted:
         for run in experiment.runs():
             with closing(_with_progress(run)) as steps:
@@ -156,6 +162,7 @@ def _train(experiment: Experiment, checkpoint: Path | None, every: int) -> None:
                     if interrupted():
                         raise KeyboardInterrupt
             c = run.curve
+            experiment.write(out)
             print(f"{c.method}, seed {c.seed}: evaluation loss {c.loss[-1]:.4f} after {run.step} steps, {run.seconds:.1f} s")
 
 

@@ -78,12 +78,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             pending += value.values()
         elif isinstance(value, list | tuple | set):
             pending += value
-        elif type(value).__module__.partition(".")[0] in STATEFUL and hasattr(value, "__dict__"):
+        elif type(value).__module__.startswith(STATEFUL) and hasattr(value, "__dict__"):
             pending.append(vars(value))
     return total
 
 
-STATEFUL = ("singd", "sirfshampoo")  # packages with classes for their matrices
+STATEFUL = ("singd.", "sirfshampoo.", "spectral_ops.factors")  # where optimizers have classes for their matrices from
 
 
 class Run:

@@ -93,6 +93,15 @@ def test_train_writes_table_csv_and_png(run_train: Callable[..., Path], capsys: 
     assert (out / "train-text-tiny.png").read_bytes().startswith(PNG)
 
 
+def test_curves_are_written_after_every_run(
+    run_train: Callable[..., Path], interrupt: Callable[..., None], tmp_path: Path
+) -> None:
+    seen: list[set[str]] = []
+    interrupt("adamw", 0, lambda: seen.append({row["method"] for row in read_curves(tmp_path / "out")}))
+    assert {row["method"] for row in read_curves(run_train("--methods", "muon,adamw", "--steps", "4"))} == {"muon", "adamw"}
+    assert seen == [{"muon"}]
+
+
 def test_train_digits_without_tqdm(run_train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setitem(sys.modules, "tqdm", None)
