@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from spectral_ops import gram_track, reference
 from spectral_ops.bench.steps import CANDIDATES, SETTINGS, gate
 from spectral_ops.bench.training import state_bytes
 
@@ -229,3 +230,16 @@ def test_kl_shampoo_keeps_the_nearest_kronecker_product(n, m):
     ((*_, factor),) = optimizer.batches
     expected = torch.kron(s_c, s_k)
     assert (factor.matrix()[0] - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_soaps_second_turn_by_kernels():
+    """It has no new curvature: `gram_track` gets no columns."""
+    n = 20
+    d, residual = torch.rand(2, n) + 0.5, torch.randn(2, n, n).tril(-1)
+    residual = 0.1 * (residual + residual.mT)
+    x, weight, share = torch.empty(2, n, 0), torch.empty(2, 0), torch.zeros(2)
+    got = gram_track(x, d, weight, share, residual=residual)
+    exact = reference.gram_track(*(y.double() for y in (x, d, residual, weight, share, share)), 0.1)
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
