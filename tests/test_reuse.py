@@ -3,6 +3,7 @@
 import copy
 import io
 import runpy
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from spectral_ops import gram_track, reference
+from spectral_ops.bench import output
 from spectral_ops.bench.steps import CANDIDATES, SETTINGS, gate
 from spectral_ops.bench.training import state_bytes
 
@@ -243,3 +245,31 @@ def test_soaps_second_turn_by_kernels():
     exact = reference.gram_track(*(y.double() for y in (x, d, residual, weight, share, share)), 0.1)
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+# --- What is said of them ---------------------------------------------------------------------------------------------
+
+TOLD = {
+    "SOAP with tracked bases": ("soap_tracked", "SOAP, tracked"),
+    "SOAP, QR in every step": ("soap", "SOAP"),
+    "KL-Shampoo on": ("kl_shampoo", "KL-Shampoo"),
+    "Muon on": ("muon_gram", "Muon on gram"),
+    "Muon (": ("muon", "Muon"),
+}
+
+
+def test_the_documentation_tells_what_was_measured():
+    results = EXAMPLES.parent / "bench" / "results"
+    times = {row["optimizer"]: float(row["p50_ms"]) for row in output.read_csv(results / "reuse-steps.csv")}
+    section = (EXAMPLES.parent / "docs" / "reuse.md").read_text().partition("|---|---|---|---|\n")[2].partition("\n\n")[0]
+    rows = section.splitlines()
+    assert len(rows) == len(TOLD)
+    for row, (start, (method, timed)) in zip(rows, TOLD.items(), strict=True):
+        cells = [f"{times[timed] / times['SOAP']:.2f}"]
+        for task, steps in (("text", "250"), ("digits", "200")):
+            curves = output.read_csv(results / f"train-{task}-reuse.csv")
+            last = [float(x["loss"]) for x in curves if (x["method"], x["step"]) == (method, steps)]
+            assert len(last) == 5
+            cells.insert(-1, f"{statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}")
+        assert row.startswith(f"| {start}")
+        assert row.endswith(" | ".join(["", *cells, ""]).rstrip())
