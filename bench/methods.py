@@ -200,12 +200,6 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
         "refine": [1.0, 0.7, 1.4],
     },
-    "soap_tracked": {
-        "lr": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
-        "betas": [(0.95, 0.95), (0.9, 0.95), (0.9, 0.9)],
-        "rest_lr": [3e-3, 1e-3, 1e-2, 2e-2],
-        "refine": [1.0, 0.7, 1.4],
-    },
     "kl_shampoo": {
         "lr": [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2],
         "betas": [(0.95, 0.9), (0.9, 0.9), (0.9, 0.7)],
@@ -231,6 +225,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "refine": [1.0, 0.7, 1.4],
     },
 }
+SPACE["soap_tracked"] = SPACE["soap"]
 for _name in ("singd_dense_bf16", "singd_hierarchical_bf16"):
     SPACE[_name] = {
         "lr": [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2],

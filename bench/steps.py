@@ -125,8 +125,8 @@ ON_GPU = (
 PEERS_ON_GPU = ("Muon, compiled", "SOAP, interval 2", "SOAP", "PSGD-Kron", "Shampoo, interval 2")
 SETTINGS = {
     "cpu": [
-        Setting("reuse", REUSE, rounds=20, width=96, layers=3, preset="default"),
         Setting("text", ON_CPU, rounds=20, width=96, layers=3, preset="default"),
+        Setting("reuse", REUSE, rounds=20, width=96, layers=3, preset="default"),
         Setting("ViT-B block", BASIC, rounds=5, width=768, layers=1, shapes=block(768)),
         *(Setting("width", BASIC, rounds=8, width=w, layers=1, shapes=block(w)) for w in (64, 128, 256, 384)),
         *(Setting("depth", BASIC, rounds=8, width=96, layers=n, shapes=block(96)) for n in (1, 3, 6, 12)),

@@ -34,6 +34,7 @@ GROUPS = [
     (r".*", {"algorithm": "matrix", "lr": 2e-2, "weight_decay": 0.1}),
 ]
 # --8<-- [end:groups]
+MEMBERS = ("params", "param_names")  # of a group; all else are options
 
 
 class Container(Optimizer, Stateful):
@@ -71,7 +72,7 @@ class Container(Optimizer, Stateful):
             for group in state["param_groups"]:
                 for number, name in zip(group["params"], group["param_names"], strict=True):
                     flat |= {f"state.{name}.{key}": x for key, x in state["state"][number].items()}
-                    flat |= {f"param_groups.{name}.{key}": x for key, x in group.items() if not key.startswith("param")}
+                    flat |= {f"param_groups.{name}.{key}": x for key, x in group.items() if key not in MEMBERS}
         return flat
 
     def load_state_dict(self, flat: dict[str, Any]) -> None:
@@ -82,7 +83,7 @@ class Container(Optimizer, Stateful):
                 for number, name in zip(group["params"], group["param_names"], strict=True):
                     state["state"][number] = {key: flat[f"state.{name}.{key}"] for key in state["state"][number]}
                 name = group["param_names"][0]
-                group |= {key: flat[f"param_groups.{name}.{key}"] for key in group if not key.startswith("param")}
+                group |= {key: flat[f"param_groups.{name}.{key}"] for key in group if key not in MEMBERS}
             optimizer.load_state_dict(state)
 
 
