@@ -284,7 +284,7 @@ def gate(candidate: Candidate, shape: tuple[int, int], device: str) -> str:
     start = 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64)
     gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(GATE_STEPS)]
     moves = []
-    exact = {name: None for name in candidate.options if name == "preconditioner_dtype"}
+    exact = {"preconditioner_dtype": None} if "preconditioner_dtype" in candidate.options else {}
     for dtype, changed in ((torch.float32, {}), (torch.float64, exact)):
         model = Matrices([shape], 1).to(device, dtype)
         (p,) = model.parameters()

@@ -54,7 +54,10 @@ class KLShampoo(Optimizer):
             beta1, beta2 = group["betas"]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
             factor.update(torch.stack(grads), 1 - beta2)
-            averages = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in members]
+            for p in members:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            averages = [self.state[p]["exp_avg"] for p in members]
             torch._foreach_lerp_(averages, grads, 1 - beta1)
             u = factor.apply(torch.stack(averages), root=2)
             # --8<-- [end:step]

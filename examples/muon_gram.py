@@ -61,7 +61,10 @@ class MuonGram(Optimizer):
                     shapes[p.shape].append(p)
             for shape, members in shapes.items():
                 grads = [p.grad for p in members]
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in members]
+                for p in members:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in members]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
                 u = orthogonalized(torch.stack(ahead)).to(members[0].dtype)
